@@ -1,0 +1,209 @@
+"""A layer's tokens in slots: the cache that grows, the ring of a sliding window, and what an evicting policy keeps.
+
+Occupied slots are a prefix, in no particular order; each knows its token's position, and everything about a token (key,
+value, position, mark) moves together. Writes beyond the last slot are dropped, never clamped.
+"""
+
+import dataclasses
+import typing
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kvjax.cache.codec import Codec, Plain
+from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
+from kvjax.kernels.attention import fold
+
+UNLIMITED = 2**30
+
+
+def take_slots(leaf: Array, index: Array) -> Array:
+    """leaf [B, H, S, ...] at slots index [B, 1 or H, N] -> [B, H, N, ...]; heads of one broadcast against many."""
+    heads = max(leaf.shape[1], index.shape[1])
+    leaf = jnp.broadcast_to(leaf, (leaf.shape[0], heads, *leaf.shape[2:]))
+    index = jnp.broadcast_to(index, (index.shape[0], heads, index.shape[2]))
+    return jnp.take_along_axis(leaf, index.reshape(index.shape + (1,) * (leaf.ndim - 3)), axis=2)
+
+
+def put_slots(leaf: Array, index: Array, value: Array) -> Array:
+    """Writes value [B, H, T, ...] to slots index [B, 1 or H, T] of leaf; an index of S or more writes nothing."""
+    batch, heads = jnp.arange(leaf.shape[0])[:, None, None], jnp.arange(leaf.shape[1])[None, :, None]
+    return leaf.at[batch, heads, index].set(value.astype(leaf.dtype), mode="drop")
+
+
+@typing.no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slots:
+    """One layer's keys and values, slot by slot.
+
+    Attributes:
+      k, v: As the codec writes them: pytrees of arrays [B, H, S, ...].
+      pos: Token position of each slot [B, 1 or H, S] int32, `EMPTY` if none. One row where all heads keep the same tokens.
+      marks: What a policy that evicts while decoding remembers of each slot, [B, 1 or H, S] float32, or None.
+      limit: Tokens that each row keeps [B] int32 where old ones make way; None: `bound` for all rows.
+      codec: How k and v are written.
+      bound: Slots that are ever needed, because old tokens make way; 0: the layer grows with every token. Fewer are
+        allocated for a short prompt until `reserve` adds them.
+      ring: Token p lies at slot `p % bound` (sinks apart), so the newest overwrites the oldest.
+      sinks: First tokens of a ring that stay.
+      shifted: Sinks move along with the window (StreamingLLM): a query at position i reads them as if it stood at its place
+        inside the cache. Keys rotate relatively, so this equals rotating all keys anew.
+    """
+
+    k: Any
+    v: Any
+    pos: Array
+    marks: Array | None = None
+    limit: Array | None = None
+    codec: Codec = static(default=Plain())
+    bound: int = static(default=0)
+    ring: bool = static(default=False)
+    sinks: int = static(default=0)
+    shifted: bool = static(default=False)
+
+    @property
+    def capacity(self) -> int:
+        return self.pos.shape[-1]
+
+    @property
+    def count(self) -> Array:
+        """Tokens held per row and head, [B, 1 or H] int32."""
+        return (self.pos != EMPTY).sum(-1, dtype=jnp.int32)
+
+    @property
+    def room(self) -> Array | None:
+        """Tokens that still fit, [B] int32; None if old ones make way."""
+        return None if 0 < self.bound <= self.capacity else self.capacity - self.count.max(-1)
+
+    @property
+    def kept(self) -> Array:
+        """Tokens that each row keeps, [B] or [1] int32."""
+        return jnp.asarray([self.bound], jnp.int32) if self.limit is None else self.limit
+
+    def logits(self, new: Tokens, spec: LayerSpec) -> Array:
+        heads = jax.tree.leaves(self.k)[0].shape[1]
+        logits = self.codec.dot(fold(new.q * spec.scale, heads), self.k)
+        if not self.shifted:
+            return logits
+        place = jnp.minimum(new.pos, self.kept[:, None] - 1)
+        q = spec.rotate(spec.rope, new.q_raw, place)
+        first = jax.tree.map(lambda leaf: leaf[:, :, : self.sinks], self.k)
+        return logits.at[..., : self.sinks].set(self.codec.dot(fold(q * spec.scale, heads), first))
+
+    def mix(self, p: Array) -> Array:
+        return self.codec.mix(p, self.v)
+
+    def sees(self, q_pos: Array, k_pos: Array, mask: Array) -> Array:
+        """Narrows a mask [..., T, S] to what the ring would still hold when each query comes."""
+        if not self.ring:
+            return mask
+        q, k = q_pos[..., :, None], k_pos[..., None, :]
+        return mask & ((q - k < (self.kept - self.sinks)[:, None, None, None]) | (k < self.sinks))
+
+    def slots_for(self, pos: Array) -> Array:
+        """Where new tokens at positions pos [B, T] go: [B, 1, T] or [B, H, T]; `capacity` (dropped) for padding."""
+        pos = pos[:, None]
+        if self.ring:
+            recent = (self.kept - self.sinks)[:, None, None]
+            slot = jnp.where(pos < self.sinks, pos, self.sinks + (pos - self.sinks) % recent)
+            last = pos.max(-1, keepdims=True)
+            keep = (pos > last - recent) | (pos < self.sinks)  # Of a long chunk only its end survives.
+        else:
+            slot = self.count[..., None] + jnp.arange(pos.shape[-1], dtype=jnp.int32)
+            keep = True
+        return jnp.where((pos != EMPTY) & keep, slot, self.capacity)
+
+    def remember(self, marks: Array) -> "Slots":
+        return dataclasses.replace(self, marks=marks)
+
+    def append(self, new: Tokens, marks: Array | None = None) -> "Slots":
+        slot = self.slots_for(new.pos)
+        write = lambda leaf, value: put_slots(leaf, slot, value)  # noqa: E731
+        return dataclasses.replace(
+            self,
+            k=jax.tree.map(write, self.k, self.codec.encode(new.k)),
+            v=jax.tree.map(write, self.v, self.codec.encode(new.v)),
+            pos=put_slots(self.pos, slot, jnp.broadcast_to(new.pos[:, None], slot.shape)),
+            marks=None if self.marks is None else put_slots(self.marks, slot, marks),
+        )
+
+    def keep(self, index: Array, valid: Array) -> "Slots":
+        """Only the slots index [B, 1 or H, N], in that order, where valid [B, 1 or H, N]; the capacity becomes N."""
+        take = lambda leaf: take_slots(leaf, index)  # noqa: E731
+        pos = jnp.where(valid, take(self.pos), EMPTY)
+        return dataclasses.replace(
+            self,
+            k=jax.tree.map(take, self.k),
+            v=jax.tree.map(take, self.v),
+            pos=pos,
+            marks=None if self.marks is None else take(self.marks),
+        )
+
+    def drop(self, slot: Array, where: Array) -> "Slots":
+        """Removes slot [B, 1 or H] where asked [B, 1 or H]: the last occupied one moves in, so that the prefix stays full."""
+        last = self.count - 1
+
+        def move(leaf):
+            index = jnp.broadcast_to(jnp.where(where, slot, self.capacity)[..., None], (*leaf.shape[:2], 1))
+            return put_slots(leaf, index, take_slots(leaf, jnp.broadcast_to(last[..., None], index.shape)))
+
+        pos = put_slots(move(self.pos), jnp.where(where, last, self.capacity)[..., None], jnp.asarray(EMPTY))
+        return dataclasses.replace(
+            self,
+            k=jax.tree.map(move, self.k),
+            v=jax.tree.map(move, self.v),
+            pos=pos,
+            marks=None if self.marks is None else move(self.marks),
+        )
+
+    def reserve(self, slots: int) -> "Slots":
+        wanted = self.capacity + slots
+        return self.resize(min(wanted, self.bound) if self.bound else wanted)
+
+    def resize(self, capacity: int) -> "Slots":
+        """More (empty) slots; never fewer."""
+        extra = max(capacity - self.capacity, 0)
+        if not extra:
+            return self
+
+        def pad(leaf, value=0):
+            return jnp.pad(leaf, ((0, 0), (0, 0), (0, extra)) + ((0, 0),) * (leaf.ndim - 3), constant_values=value)
+
+        return dataclasses.replace(
+            self,
+            k=jax.tree.map(pad, self.k),
+            v=jax.tree.map(pad, self.v),
+            pos=pad(self.pos, EMPTY),
+            marks=None if self.marks is None else pad(self.marks),
+        )
+
+
+def make_ring(
+    k: Array,
+    v: Array,
+    pos: Array,
+    size: int,
+    *,
+    limit: Array | None = None,
+    sinks: int = 0,
+    shifted: bool = False,
+    codec: Codec = Plain(),  # noqa: B008  A hashable constant.
+) -> Slots:
+    """The ring that holds the end (and the first `sinks` tokens) of a prompt.
+
+    Args:
+      k, v: [B, H, T, D]. pos: [B, T] int32: 0, 1, ... and `EMPTY` for padding at the end.
+      size: Slots of the ring; a shorter prompt gets as many as it has tokens.
+      limit: Tokens per row [B], at most `size`, where rows differ.
+    """
+    slot = jnp.arange(min(size, pos.shape[-1]), dtype=jnp.int32)
+    recent = (size if limit is None else limit[:, None]) - sinks
+    last = pos.max(-1, keepdims=True)
+    held = jnp.where(slot < sinks, slot, last - (last - slot) % recent)  # The latest token of each slot.
+    missing = (held > last) | (slot >= sinks + recent) | ((slot >= sinks) & (held < sinks))
+    held = jnp.where(missing, EMPTY, held)[:, None]
+    k, v = (codec.encode(take_slots(x, jnp.maximum(held, 0))) for x in (k, v))
+    return Slots(k=k, v=v, pos=held, limit=limit, codec=codec, bound=size, ring=True, sinks=sinks, shifted=shifted)

@@ -1,0 +1,172 @@
+"""The values that pass between a model and a cache, and the cache of a whole model.
+
+Letters, fixed everywhere: B batch, L layers, T new tokens, S slots, H KV heads, G query heads per KV head, D head dim,
+W observed queries. Query head `h * G + g` reads KV head `h`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol, Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+EMPTY = -1  # The position of a slot, or of a padding token, that holds nothing.
+
+
+def static(**kwargs: Any) -> Any:
+    """A dataclass field that is part of the program, not of the data: it is hashed, never traced."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """What attention needs to know of a layer; a static argument.
+
+    Attributes:
+      window: A query at position i sees keys j with `i - j < window`; 0 sees all.
+      scale: Multiplier of the logits.
+      softcap: `cap * tanh(logits / cap)`; 0 for none.
+      rope: The layer's rotary embedding, a hashable value that `rotate` understands.
+      rotate: `rotate(rope, x [B, heads, T, D], positions [B, T]) -> x`, rotated.
+    """
+
+    window: int = 0
+    scale: float = 1.0
+    softcap: float = 0.0
+    rope: Any = None
+    rotate: Callable[[Any, Array, Array], Array] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """T new tokens of one layer, as the model projects them.
+
+    Attributes:
+      q: Queries [B, H * G, T, D], normed and rotated.
+      k, v: Keys (normed and rotated) and values [B, H, T, D].
+      q_raw, k_raw: Queries and keys before rotation.
+      pos: Positions [B, T] int32, `EMPTY` for padding.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    q_raw: Array
+    k_raw: Array
+    pos: Array
+
+
+class LayerCache(Protocol):
+    """What one layer stores. Implementations are frozen pytrees; every leaf has the batch on its first axis."""
+
+    @property
+    def pos(self) -> Array:
+        """Positions [B, 1 or H, S] int32 of what `logits` returns, `EMPTY` where there is nothing."""
+        ...
+
+    @property
+    def marks(self) -> Array | None:
+        """What a policy that evicts while decoding remembers of each slot [B, 1 or H, S] float32; None if nothing."""
+        ...
+
+    def remember(self, marks: Array) -> Self:
+        """The same layer with other marks."""
+        ...
+
+    def logits(self, new: Tokens, spec: LayerSpec) -> Array:
+        """Products `scale * q . k` of the queries with every stored key: [B, H, G * T, S] float32."""
+        ...
+
+    def mix(self, p: Array) -> Array:
+        """Values weighted by p [B, H, G * T, S] float32, which is zero on empty slots: [B, H, G * T, D] float32."""
+        ...
+
+    def sees(self, q_pos: Array, k_pos: Array, mask: Array) -> Array:
+        """Narrows a causal mask [B, 1 or H, T, S] where the layer forgets tokens by itself (rings)."""
+        ...
+
+    def append(self, new: Tokens, marks: Array | None = None) -> Self:
+        """Stores new tokens; `marks` [B, 1 or H, T] float32 goes with them where the layer keeps marks."""
+        ...
+
+    def reserve(self, slots: int) -> Self:
+        """Room for at least `slots` more tokens."""
+        ...
+
+    @property
+    def room(self) -> Array | None:
+        """How many more tokens fit, [B] int32; None where old tokens make way by themselves."""
+        ...
+
+
+def tree_nbytes(tree: Any) -> int:
+    """Bytes of all leaves of a pytree of arrays (or of their abstract values)."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cache:
+    """What a model remembers of a batch of sequences: an immutable pytree.
+
+    Attributes:
+      layers: One `LayerCache` per layer; kinds and capacities may differ.
+      seen: Tokens fed so far [B] int32, which is the position of the next one. Not the number kept.
+      config: The model's `Config`.
+      policy: The policy that made the cache and goes on managing it while tokens are added.
+    """
+
+    layers: tuple[Any, ...]
+    seen: Array
+    config: Any = static()
+    policy: Any = static()
+
+    @property
+    def batch_size(self) -> int:
+        return self.seen.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every leaf, the bookkeeping included: what the device holds."""
+        return tree_nbytes(self)
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes of an uncompressed bfloat16 cache of the same tokens: sliding layers hold their window, full layers all."""
+        c = self.config
+        per_token = c.num_kv_heads * c.head_dim * 2 * 2
+        seen = jax.device_get(self.seen)
+        held = [seen.clip(max=c.sliding_window) if kind == "sliding" else seen for kind in c.layer_types]
+        return int(sum(h.sum() for h in held)) * per_token
+
+    @property
+    def compression(self) -> float:
+        """`full_nbytes / nbytes`: how many times smaller than the full bfloat16 cache. Needs concrete arrays."""
+        return self.full_nbytes / self.nbytes
+
+    @property
+    def room(self) -> int | None:
+        """Tokens that still fit in every row, None if without bound. Needs concrete arrays."""
+        rooms = [int(layer.room.min()) for layer in self.layers if layer.room is not None]
+        return min(rooms) if rooms else None
+
+    def reserve(self, slots: int) -> "Cache":
+        """The same cache with room for at least `slots` more tokens in every layer."""
+        return dataclasses.replace(self, layers=tuple(layer.reserve(slots) for layer in self.layers))
+
+    def rows(self, index: Any) -> "Cache":
+        """Batch rows by index array, list or slice: select, reorder or repeat. Every leaf follows."""
+        index = index if isinstance(index, slice) else jnp.asarray(index)
+        if not isinstance(index, slice) and index.ndim == 0:
+            index = index[None]  # One row stays a batch of one.
+        return jax.tree.map(lambda leaf: leaf[index], self)
+
+    def __getitem__(self, index: Any) -> "Cache":
+        return self.rows(index)
+
+    def repeat(self, times: int) -> "Cache":
+        """Every row `times` times, neighbours together (as beams want it)."""
+        return self.rows(jnp.repeat(jnp.arange(self.batch_size), times))

@@ -1,0 +1,138 @@
+"""From a prompt to a cache, layer by layer: what the host holds is one layer's uncompressed keys and values, never the model's.
+
+Every kind of layer is one small compiled function; the host loops over layers. `observe` keeps all layers' keys and values, so
+that one prefill can feed many policies; `prefill` compresses each layer as soon as it is seen. Both give the same cache.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kvjax.cache import Cache, LayerSpec, Tokens, make_ring
+from kvjax.kernels.attention import causal_attention
+from kvjax.models.config import Config
+from kvjax.models.params import layer_params
+from kvjax.models.transformer import Params, embed, layer_spec, positions, run_layer, unembed
+from kvjax.policies.observe import Needs, observe as observe_attention
+from kvjax.policies.plan import Observed, Plan, compress_layer, plan
+from kvjax.policies.policy import Policy
+
+
+@functools.partial(jax.jit, static_argnames=("config", "spec", "needs"))
+def _full_layer(weights: Params, x: Array, pos: Array, layer: Array, *, config: Config, spec: LayerSpec, needs: Needs):
+    def attend(spec: LayerSpec, state: None, new: Tokens):
+        out, prompt, obs = observe_attention(spec, new, needs, layer)
+        return out, (prompt, obs)
+
+    return run_layer(weights, config, spec, x, pos, None, attend)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "spec", "length"))
+def _sliding_layer(weights: Params, x: Array, pos: Array, *, config: Config, spec: LayerSpec, length: int):
+    def attend(spec: LayerSpec, state: None, new: Tokens):
+        out, _ = causal_attention(
+            new.q, new.k, new.v, new.pos, scale=spec.scale, window=spec.window, softcap=spec.softcap
+        )
+        return out, make_ring(new.k[:, :, :length], new.v[:, :, :length], new.pos[:, :length], spec.window)
+
+    return run_layer(weights, config, spec, x, pos, None, attend)
+
+
+_embed = jax.jit(embed, static_argnames="config")
+_unembed = jax.jit(unembed, static_argnames="config")
+_compress_layer = jax.jit(compress_layer, static_argnames=("plan", "config", "layer", "places"))
+
+
+def _layers(
+    params: Params, config: Config, tokens: Array, lengths: Array | None, needs: Needs
+) -> Iterator[tuple[int, Any, Array]]:
+    """Yields every layer's index, what was observed of it (or its ring) and the hidden states [B, T, hidden] after it."""
+    pos = positions(tokens, lengths)
+    longest = tokens.shape[1] if lengths is None or isinstance(lengths, jax.core.Tracer) else int(np.max(lengths))
+    x = _embed(params, config, tokens)
+    for i, weights in enumerate(layer_params(params, config)):
+        spec = layer_spec(config, i)
+        if config.layer_types[i] == "full":
+            x, seen = _full_layer(weights, x, pos, jnp.int32(i), config=config, spec=spec, needs=needs)
+        else:
+            # A prompt longer than the window fills the ring whatever its length: one compilation serves all.
+            length = tokens.shape[1] if longest >= config.sliding_window else longest
+            x, seen = _sliding_layer(weights, x, pos, config=config, spec=spec, length=length)
+        yield i, seen, x
+
+
+def _last(x: Array, lengths: Array) -> Array:
+    """Hidden state of each row's last token: [B, T, hidden] -> [B, hidden]."""
+    return jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+
+
+def _lengths(tokens: Array, lengths: Array | None) -> Array:
+    return jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
+
+
+def observe(
+    params: Params, config: Config, tokens: Array, lengths: Array | None = None, needs: Needs = Needs()  # noqa: B008
+) -> Observed:
+    """Runs a batch of prompts and keeps everything, for `policies.compress`.
+
+    Args:
+      tokens: Ids [B, T] int32, right-padded. lengths: Tokens of each row [B]; default: all.
+      needs: Statistics that the policies will ask for (`policy.needs`, joined by `|`).
+    """
+    layers, x = [], None
+    for _, seen, x in _layers(params, config, tokens, lengths, needs):
+        layers.append(seen)
+    assert x is not None
+    rows = _lengths(tokens, lengths)
+    return Observed(layers=tuple(layers), lengths=rows, last=_last(x, rows), config=config, needs=needs)
+
+
+def next_logits(params: Params, observed: Observed) -> Array:
+    """Logits of the token after each prompt, [B, vocab] float32."""
+    return _unembed(params, observed.config, observed.last)
+
+
+def prefill_logits(
+    params: Params, config: Config, policy: Policy, tokens: Array, lengths: Array | None = None
+) -> tuple[Array, Cache]:
+    """`prefill`, and the logits of the token after each prompt [B, vocab] float32."""
+    rows = _lengths(tokens, lengths)
+    known = tokens.shape[1] if isinstance(rows, jax.core.Tracer) else np.asarray(rows)
+    planned: Plan = plan(policy, config, known, params["embed"].dtype)
+    slots, compressed = planned.slots(rows), dict(zip(config.full_layers, planned.capacities, strict=True))
+    layers, x = [], None
+    for i, seen, x in _layers(params, config, tokens, lengths, policy.needs):
+        if i in compressed:
+            number = config.full_layers.index(i)
+            seen = _compress_layer(planned, config, i, seen, slots[number], compressed[i])
+            # The next layer may only start once this one's keys and values can go.
+            x, seen = jax.lax.optimization_barrier((x, seen))
+        layers.append(seen)
+    assert x is not None
+    cache = Cache(layers=tuple(layers), seen=rows, config=config, policy=planned.policy)
+    return _unembed(params, config, _last(x, rows)), cache
+
+
+def prefill(
+    params: Params, config: Config, policy: Policy, tokens: Array, lengths: Array | None = None
+) -> Cache:
+    """The compressed cache of a batch of prompts.
+
+    Args:
+      params, config: The model.
+      policy: What becomes of keys and values of full-attention layers; sliding layers keep their window.
+      tokens: Ids [B, T] int32, right-padded.
+      lengths: Tokens of each row [B] int32; default: all. Under `jit` the longest row counts as T for what is allocated.
+
+    Returns:
+      A cache without room to spare; `Cache.reserve` adds it (`extend` and `generate` do by themselves).
+
+    Raises:
+      PolicyError: The model or the prompt cannot be served; known before anything is computed.
+    """
+    return prefill_logits(params, config, policy, tokens, lengths)[1]

