@@ -24,9 +24,9 @@ Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | np.ndar
 BUCKET = 64  # Prompts are padded to multiples of this (of an eighth of their length, if that is more): fewer compilations.
 
 
-def bucket(length: int) -> int:
-    """The padded length of a prompt."""
-    step = max(BUCKET, 1 << max((length - 1).bit_length() - 3, 0))
+def bucket(length: int, least: int = BUCKET) -> int:
+    """The padded length of a prompt: a multiple of `least`, and of an eighth of its length's power of two."""
+    step = max(least, 1 << max((length - 1).bit_length() - 3, 0))
     return -(-length // step) * step
 
 

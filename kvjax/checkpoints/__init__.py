@@ -35,8 +35,8 @@ def load_checkpoint(
       Parameters (as in `kvjax.models.params`), config, and the tokenizer, None if the checkpoint has none.
 
     Raises:
-      CheckpointError: There is no such name or path, the package that holds the model is not installed, the checkpoint is
-        corrupt, or its model is not supported.
+      CheckpointError: There is no such name or path, the package that holds the model is not installed, the checkpoint
+        is corrupt, or its model is not supported.
     """
     name, path = os.fspath(name_or_path), pathlib.Path(name_or_path).expanduser()
     if path.is_file() or path.is_dir():

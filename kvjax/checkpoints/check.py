@@ -122,8 +122,8 @@ def _check(value: jax.Array, label: str, shape: tuple[int, ...], source: str) ->
     bad = int(np.sum(~np.isfinite(np.asarray(value, np.float32))))
     if bad:  # Otherwise the sum has overflowed.
         raise CheckpointError(
-            f"{source}: tensor {label}: {bad} of {value.size} values are NaN or infinite (as {value.dtype}); weights "
-            "must be finite."
+            f"{source}: tensor {label} holds {bad} values that are NaN or infinite as {value.dtype}, of {value.size}; "
+            "expected none."
         )
 
 

@@ -95,7 +95,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 header = _parse(path, data)
-            except (struct.error, IndexError, KeyError, UnicodeDecodeError, ValueError) as error:
+            except (struct.error, IndexError, KeyError, ArithmeticError, ValueError) as error:
                 if isinstance(error, CheckpointError):
                     raise
                 raise CheckpointError(f"{path}: truncated or corrupt header ({error}); copy the file again.") from error
@@ -204,8 +204,8 @@ def config_from_gguf(header: Header) -> Config:
             return value[0]  # One value per layer, all alike.
         return value
 
-    def need(key: str) -> Any:
-        value = get(key)
+    def need(key: str, default: Any = None) -> Any:
+        value = get(key, default)
         if value is None or isinstance(value, list):
             what = "is missing" if value is None else f"differs between layers ({value}), which is not supported"
             raise CheckpointError(f"{header.path}: metadata {family}.{key} {what}.")
@@ -224,27 +224,30 @@ def config_from_gguf(header: Header) -> Config:
         sliding_rope = Rope(theta=get("rope.freq_base_swa", 10000.0), rotary_dim=head_dim)
     features: dict[str, Any] = {"qkv_bias": "blk.0.attn_q.bias" in header.tensors, **_FAMILIES[family]}
     query_dim = hidden // heads if (family, layers) in _NARROW_HEADS else head_dim
-    return Config(
-        family=family,
-        vocab_size=header.tensors["token_embd.weight"].shape[0],  # May be padded beyond the tokenizer's.
-        hidden_size=hidden,
-        mlp_size=need("feed_forward_length"),
-        num_heads=heads,
-        num_kv_heads=get("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        layer_types=types,
-        rope=rope,
-        sliding_rope=sliding_rope,
-        sliding_window=window if "sliding" in types else 0,
-        max_length=need("context_length"),
-        norm_eps=need("attention.layer_norm_rms_epsilon"),
-        query_scale=get("attention.scale", query_dim**-0.5),
-        attn_softcap=get("attn_logit_softcapping", 0.0),
-        logit_softcap=get("final_logit_softcapping", 0.0),
-        embed_scale=hidden**0.5 if "gemma" in family else 1.0,
-        tied="output.weight" not in header.tensors,
-        **features,
-    )
+    try:
+        return Config(
+            family=family,
+            vocab_size=header.tensors["token_embd.weight"].shape[0],  # May be padded beyond the tokenizer's.
+            hidden_size=hidden,
+            mlp_size=need("feed_forward_length"),
+            num_heads=heads,
+            num_kv_heads=need("attention.head_count_kv", heads),
+            head_dim=head_dim,
+            layer_types=types,
+            rope=rope,
+            sliding_rope=sliding_rope,
+            sliding_window=window if "sliding" in types else 0,
+            max_length=need("context_length"),
+            norm_eps=need("attention.layer_norm_rms_epsilon"),
+            query_scale=get("attention.scale", query_dim**-0.5),
+            attn_softcap=get("attn_logit_softcapping", 0.0),
+            logit_softcap=get("final_logit_softcapping", 0.0),
+            embed_scale=hidden**0.5 if "gemma" in family else 1.0,
+            tied="output.weight" not in header.tensors,
+            **features,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{header.path}: {error}") from error
 
 
 def _layer_types(family: str, layers: int, window: int, get: Callable[..., Any]) -> tuple[LayerType, ...]:

@@ -13,6 +13,7 @@ does not notice flipped bits, so `structure` has a checksum of every leaf.
 import dataclasses
 import importlib
 import importlib.metadata
+import inspect
 import json
 import os
 import pathlib
@@ -158,6 +159,8 @@ def _read_structure(folder: pathlib.Path) -> dict[str, Any]:
 def _read_leaves(folder: pathlib.Path, stored: dict[str, Any], placement: Placement | None) -> dict[str, jax.Array]:
     if not stored:
         return {}
+    if wide := [name for name, node in stored.items() if not _representable(jnp.dtype(node["dtype"]))]:
+        raise CheckpointError(f"{folder}: leaf {wide[0]} is {stored[wide[0]]['dtype']}: set jax_enable_x64 to load it.")
     one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def abstract(name: str, node: Any) -> jax.ShapeDtypeStruct:
@@ -205,7 +208,7 @@ def _encode(x: Any, path: str, leaves: dict[str, Any], extra: set[str]) -> Any:
         return {type(x).__name__: [child(value, i) for i, value in enumerate(x)]}
     if type(x) is dict and all(type(key) in (str, int) for key in x):
         return {"dict": [[key, child(value, key)] for key, value in x.items()]}
-    if isinstance(x, types.FunctionType):
+    if isinstance(inspect.unwrap(x) if callable(x) else x, types.FunctionType):  # Jitted ones too.
         return {"function": _allowed(x, path, extra)}
     if isinstance(x, np.dtype):
         return {"dtype": x.name}
@@ -220,6 +223,8 @@ def _encode(x: Any, path: str, leaves: dict[str, Any], extra: set[str]) -> Any:
 def _encode_array(x: Any, name: str, leaves: dict[str, Any]) -> dict[str, Any]:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return {"random_key": str(jax.random.key_impl(x)), "data": _encode_array(jax.random.key_data(x), name, leaves)}
+    if not _representable(x.dtype):
+        raise TypeError(f"{name} is {x.dtype}, which JAX turns into 32 bits: cast it, or set jax_enable_x64.")
     described = {"shape": list(x.shape), "dtype": x.dtype.name}
     if x.size == 0:  # Orbax refuses these.
         return {"empty": described}
@@ -292,9 +297,15 @@ def _resolve(name: str, extra: dict[str, Any]) -> Any:
     for part in qualname.split("."):
         thing = getattr(thing, part)
     # A structure may name nothing but what saving writes: no modules, no other callables.
-    if not (isinstance(thing, types.FunctionType) or dataclasses.is_dataclass(thing)) or _name(thing) != name:
+    function = callable(thing) and isinstance(inspect.unwrap(thing), types.FunctionType)
+    if not (function or dataclasses.is_dataclass(thing)) or _name(thing) != name:
         raise ValueError(f"{name} is neither a dataclass nor a function of kvjax")
     return thing
+
+
+def _representable(dtype: Any) -> bool:
+    """Whether JAX holds this dtype as it is: 64 bits only in x64 mode."""
+    return jax.dtypes.canonicalize_dtype(dtype) == dtype
 
 
 def _crc32(x: Any) -> int:

@@ -36,6 +36,12 @@ def start(
     return logits, with_room(cache, max_new_tokens)
 
 
+def _key(sampler: Sampler, key: Array | None) -> Array:
+    if key is None and sampler.temperature > 0:
+        raise ValueError("Sampling at a temperature above 0 needs a key: pass key=jax.random.key(seed).")
+    return jax.random.key(0) if key is None else key
+
+
 def generate(
     params: Params,
     config: Config,
@@ -66,9 +72,7 @@ def generate(
     Raises:
       ValueError: A sampler draws at random and there is no key.
     """
-    if key is None and sampler.temperature > 0:
-        raise ValueError("Sampling at a temperature above 0 needs a key: pass key=jax.random.key(seed).")
-    key = jax.random.key(0) if key is None else key
+    key = _key(sampler, key)
     logits, cache = start(params, config, policy, tokens, lengths, cache, max_new_tokens)
     done = jnp.zeros(tokens.shape[0], bool)
     out, count, *_ = decode(
@@ -90,11 +94,29 @@ def stream(
     stop: tuple[int, ...] = (),
 ) -> Iterator[int]:
     """`generate` for one row, token by token as they come. Same tokens for a greedy sampler."""
-    if key is None and sampler.temperature > 0:
-        raise ValueError("Sampling at a temperature above 0 needs a key: pass key=jax.random.key(seed).")
-    key = jax.random.key(0) if key is None else key
+    key = _key(sampler, key)
+    logits, cache = start(params, config, policy, tokens, None, cache, max_new_tokens)
+    yield from stream_on(
+        params, config, policy, cache, logits, max_new_tokens=max_new_tokens, sampler=sampler, key=key, stop=stop
+    )
+
+
+def stream_on(
+    params: Params,
+    config: Config,
+    policy: Policy,
+    cache: Cache,
+    logits: Array,
+    *,
+    max_new_tokens: int = 64,
+    sampler: Sampler = Sampler(),  # noqa: B008
+    key: Array | None = None,
+    stop: tuple[int, ...] = (),
+) -> Iterator[int]:
+    """`stream` from the next token's logits [1, vocab] on; logits and cache are donated."""
+    key = _key(sampler, key)
     steps = -(-max_new_tokens // STREAM_STEPS)
-    logits, cache = start(params, config, policy, tokens, None, cache, steps * STREAM_STEPS)
+    cache = with_room(cache, steps * STREAM_STEPS)
     done, given = jnp.zeros(1, bool), 0
     for step in range(steps):
         out, count, logits, done, cache = decode(

@@ -22,6 +22,7 @@ def h2o(
     recent: int | float = 0.5,
     phase: Literal["prompt", "step"] = "step",
     every: int = 1,
+    normalized: bool = False,
 ) -> Policy:
     """Keeps the tokens that have received most attention, and the newest; evicts at every step.
 
@@ -30,8 +31,13 @@ def h2o(
       recent: Part of the budget for the newest tokens: a share (paper: half), or a number of tokens.
       phase: "step" or, for one-shot compression, "prompt".
       every: Steps between evictions.
+      normalized: Divide a token's sum by the number of queries that saw it, against the bias for early tokens. With
+        `recent=0, phase="prompt"` this is kvpress' ObservedAttention.
     """
     if isinstance(recent, float) and not 0 <= recent < 1:
         raise ValueError(f"recent is a share below 1 or a number of tokens, got {recent}.")
-    evict = Evict(score=AccumulatedAttention(), budget=Budget.of(budget), recent=recent, phase=Phase(phase, every), floor=2)
+    if normalized and phase == "step":
+        raise ValueError('Normalized sums cannot be kept up while decoding; use phase="prompt".')
+    score = AccumulatedAttention(normalized)
+    evict = Evict(score=score, budget=Budget.of(budget), recent=recent, phase=Phase(phase, every), floor=2)
     return Policy(stages=(evict,))

@@ -8,6 +8,7 @@ from kvjax.policies.observe import Observation as Observation
 from kvjax.policies.observe import Prompt as Prompt
 from kvjax.policies.plan import Observed as Observed
 from kvjax.policies.plan import Plan as Plan
+from kvjax.policies.plan import abstract_cache as abstract_cache
 from kvjax.policies.plan import compress as compress
 from kvjax.policies.plan import plan as plan
 from kvjax.policies.policy import Policy as Policy

@@ -106,6 +106,12 @@ class Policy:
         """Whether tokens must be added one at a time, because each may evict another."""
         return bool(self.stages) and hasattr(self.stages[-1], "score") and self.stages[-1].phase.when == "step"
 
+    @property
+    def after_prompt(self) -> "Policy":
+        """What is left to do once the prompt is compressed. Policies that differ only in how they do that have the same, so a
+        cache that carries it shares compiled decoding with theirs."""
+        return Policy(stages=self.stages[-1:] if self.acts_every_step else (), read=self.read)
+
 
 def _never_less(before: Budget, after: Budget) -> bool:
     pairs = ((before.ratio, after.ratio), (before.tokens, after.tokens))

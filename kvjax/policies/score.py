@@ -99,14 +99,20 @@ class LastAttention:
 
 @dataclasses.dataclass(frozen=True)
 class AccumulatedAttention:
-    """Attention received from every query so far, summed: the heavy hitters (H2O)."""
+    """Attention received from every query so far, summed: the heavy hitters (H2O).
 
+    Attributes:
+      normalized: Divide by the number of queries that could see the token (kvpress' ObservedAttention); at the end of the
+        prompt only.
+    """
+
+    normalized: bool = False
     needs: ClassVar[Needs] = Needs(column_sums=True)
 
     def __call__(self, prompt: Prompt, obs: Observation, spec: LayerSpec) -> Array:
-        del obs, spec
+        del spec
         assert prompt.sums is not None
-        return prompt.sums
+        return prompt.sums / jnp.maximum(obs.length[:, None, None] - prompt.pos, 1) if self.normalized else prompt.sums
 
     def update(self, marks: Array, weights: Array, new: Tokens) -> Array:
         received = weights.sum((2, 3))

@@ -1,0 +1,88 @@
+"""Results on disk: a list of rows in one JSON file, replaced as a whole, so that an interruption never leaves half of one."""
+
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jaxlib
+
+Row = dict[str, Any]
+FILE = "results.json"
+
+
+def versions() -> dict[str, str]:
+    import importlib.metadata
+
+    try:
+        own = importlib.metadata.version("kvjax")
+    except importlib.metadata.PackageNotFoundError:  # Run from a folder that is not installed.
+        own = "unknown"
+    return {"kvjax": own, "jax": jax.__version__, "jaxlib": jaxlib.__version__, "python": platform.python_version()}
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits that tell configurations apart."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def make_folder(folder: pathlib.Path) -> None:
+    """Makes a folder for results, and makes sure that it can be written to before anything is computed.
+
+    Raises:
+      ValueError: It cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"Cannot write to the folder {folder} ({error.strerror}). Choose another with --out.") from None
+
+
+def read_rows(folder: pathlib.Path, config: Mapping[str, Any], overwrite: bool = False) -> list[Row]:
+    """Rows that an earlier run of the same configuration has left; none if there was none, or with `overwrite`.
+
+    Raises:
+      ValueError: The file is of another configuration, or is none of ours.
+    """
+    path = folder / FILE
+    if overwrite or not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        hashes = {row["config_hash"] for row in rows}
+    except (OSError, ValueError, TypeError, KeyError):
+        raise ValueError(f"{path} holds no results of kvjax. Choose another folder with --out, or --overwrite it.") from None
+    if hashes - {config_hash(config)}:
+        other = next(row["config"] for row in rows if row["config_hash"] != config_hash(config))
+        differs = [key for key in config if other.get(key) != config[key]]
+        raise ValueError(
+            f"{path} is of a run with other settings ({', '.join(differs)}). Choose another folder with --out, or --overwrite it."
+        )
+    return rows
+
+
+def write_rows(folder: pathlib.Path, rows: Sequence[Row]) -> None:
+    """Replaces the file of rows at once: a reader sees the old rows or the new ones."""
+    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".json", delete=False, encoding="utf-8") as file:
+        try:
+            json.dump(rows, file, indent=1, allow_nan=True)
+            file.close()
+            # A temporary file is for its owner alone; results are as readable as any other file.
+            os.chmod(file.name, 0o666 & ~_umask())
+            os.replace(file.name, folder / FILE)
+        except BaseException:
+            pathlib.Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

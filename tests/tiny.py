@@ -1,0 +1,87 @@
+"""A model small enough for every test, a ragged batch for it, and a way to look into any cache.
+
+Shapes are shared on purpose: what one test compiles, the next one finds compiled.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import kvjax
+from kvjax.cache import EMPTY, LayerSpec, Tokens
+from kvjax.models.config import Rope
+
+# One sliding layer, so that "full-attention layers only" means something; grouped queries.
+CONFIG = kvjax.Config(
+    family="llama",
+    vocab_size=128,
+    hidden_size=32,
+    mlp_size=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    layer_types=("full", "sliding", "full"),
+    sliding_window=8,
+    rope=Rope(theta=1e4, rotary_dim=16),
+    sliding_rope=Rope(theta=1e3, rotary_dim=16),
+    max_length=512,
+    query_scale=0.5,  # Twice the usual: attention of random weights is too even otherwise.
+    tied=True,
+    eos_ids=(1,),
+)
+LENGTHS = np.array([48, 37, 21, 30], np.int32)
+QUESTION_LENGTHS = np.array([6, 4, 6, 1], np.int32)
+# No token twice in a row: equal keys score equally but for the last bit, and which of them stays would be chance.
+_ROWS = np.random.default_rng(1).permuted(np.tile(np.arange(2, 128, dtype=np.int32), (4, 1)), axis=1)
+TOKENS, QUESTION = _ROWS[:, :48], _ROWS[:, 48:54]
+
+# Parameters that make a method fit prompts of twenty tokens, where it has them.
+SMALL = {"window": 4, "chunk": 4, "group": 16, "residual": 16, "future": 8, "score": "snapkv(window=4)"}
+
+
+@functools.cache
+def params():
+    return kvjax.init_params(CONFIG, jax.random.key(0))
+
+
+def model() -> kvjax.Model:
+    return kvjax.Model(params(), CONFIG)
+
+
+def small(name: str, **changes) -> kvjax.Policy:
+    """A method's typical policy, fit for short prompts; budgets are a half unless changed."""
+    method = kvjax.methods()[name]
+    known = {**SMALL, "budget": 0.5}
+    fit = {key: value for key, value in known.items() if key in method.parameters}
+    return kvjax.policy(name, **{**method.example, **fit, **changes})
+
+
+def read_back(layer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a layer's cache holds, as attention reads it: positions [B, H, S], keys and values [B, H, S, D] float32.
+
+    Through the protocol alone (products with unit vectors), so it works for every layout.
+    """
+    heads, dim = CONFIG.num_kv_heads, CONFIG.head_dim
+    batch, slots = layer.pos.shape[0], layer.pos.shape[-1]
+    units = jnp.broadcast_to(jnp.eye(dim), (batch, heads, dim, dim))
+    ask = Tokens(q=units, k=units, v=units, q_raw=units, k_raw=units, pos=jnp.full((batch, dim), 10**6))
+    keys = layer.logits(ask, LayerSpec(rotate=lambda rope, x, pos: x))
+    values = layer.mix(jnp.broadcast_to(jnp.eye(slots), (batch, heads, slots, slots)))
+    pos = np.broadcast_to(layer.pos, (batch, heads, slots))
+    return pos, np.swapaxes(np.asarray(keys), -1, -2), np.asarray(values)
+
+
+def kept(cache, row: int) -> list[list[list[int]]]:
+    """Sorted positions that one row holds, for every full-attention layer and head."""
+    layers = [np.asarray(cache.layers[i].pos)[row] for i in CONFIG.full_layers]
+    return [[sorted(head[head != EMPTY].tolist()) for head in layer] for layer in layers]
+
+
+def assert_trees_equal(a, b) -> None:
+    """Same structure (static fields too) and the same bits."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape)
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
