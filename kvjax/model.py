@@ -1,7 +1,7 @@
 """A loaded model: parameters, config and tokenizer, with the functions of `kvjax.generation` at hand.
 
-Everything here turns what people have (text, lists of ids, ragged batches) into arrays, checks it before anything is computed, and
-calls the functional twins.
+Everything here turns what people have (text, lists of ids, ragged batches) into arrays, checks it before anything is
+computed, and calls the functional twins.
 """
 
 import dataclasses
@@ -21,7 +21,9 @@ from kvjax.models.config import Config
 from kvjax.policies import Needs, Observed, Policy, as_policy
 
 Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | np.ndarray | Array
-BUCKET = 64  # Prompts are padded to multiples of this (of an eighth of their length, if that is more): fewer compilations.
+BUCKET = (
+    64  # Prompts are padded to multiples of this (of an eighth of their length, if that is more): fewer compilations.
+)
 
 
 def bucket(length: int, least: int = BUCKET) -> int:
@@ -31,14 +33,16 @@ def bucket(length: int, least: int = BUCKET) -> int:
 
 
 def load(name_or_path: str, dtype: Any = None) -> "Model":
-    """Loads a model: "gemma3-270m" (the packaged one), a folder in Hugging Face's or Orbax's layout, a .gguf file or a hub name.
+    """Loads a model: "gemma3-270m" (the packaged one), a folder in Hugging Face's or Orbax's layout, a .gguf file or a
+    hub name.
 
     Args:
       name_or_path: What to load.
       dtype: Of parameters and cache; default float32 on CPUs (faster there than bfloat16), bfloat16 elsewhere.
 
     Raises:
-      CheckpointError: It cannot be found or read; the message names the file, the tensor, what was expected and what was found.
+      CheckpointError: It cannot be found or read; the message names the file, the tensor, what was expected and what
+        was found.
     """
     return Model(*load_checkpoint(name_or_path, dtype))
 
@@ -74,7 +78,9 @@ class Model:
         for row in rows:
             wrong = next((token for token in row if not 0 <= token < self.config.vocab_size), None)
             if wrong is not None:
-                raise ValueError(f"Token id {wrong} is out of range: this model's ids are 0 to {self.config.vocab_size - 1}.")
+                raise ValueError(
+                    f"Token id {wrong} is out of range: this model's ids are 0 to {self.config.vocab_size - 1}."
+                )
         if longest > self.config.max_length:
             raise ValueError(f"The prompt has {longest} tokens; this model's context is {self.config.max_length}.")
         padded = np.zeros((len(rows), min(bucket(longest), self.config.max_length)), np.int32)
@@ -125,12 +131,11 @@ class Model:
         tokens, lengths = self.encode(prompt, start=False)
         if tokens.shape[0] != cache.batch_size:
             raise ValueError(f"{tokens.shape[0]} prompts on a cache of {cache.batch_size} sequences.")
-        self._check_context(int((cache.seen + lengths).max()), more)
+        self._check_context(cache.policy, int((cache.seen + lengths).max()), more)
         return tokens, lengths
 
-    def _check_context(self, length: int, more: int) -> None:
-        # A policy with positions inside the cache streams without end; the text's own positions must stay in the context.
-        if length + more > self.config.max_length:
+    def _check_context(self, policy: Policy, length: int, more: int) -> None:
+        if not policy.endless and length + more > self.config.max_length:
             raise ValueError(
                 f"{length} tokens and {more} new ones exceed this model's context of {self.config.max_length} tokens."
             )
@@ -165,7 +170,7 @@ class Model:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
         if cache is None:
             tokens, lengths = self.encode(prompt)
-            self._check_context(int(lengths.max()), max_new_tokens)
+            self._check_context(as_policy(policy), int(lengths.max()), max_new_tokens)
         else:
             tokens, lengths = self._continue(cache, prompt, max_new_tokens)
         ends = tuple(self.config.eos_ids if stop is None else stop)
@@ -198,14 +203,18 @@ class Model:
         key: Array | None = None,
     ) -> Iterator[int]:
         """Token ids of `generate` for one prompt as they come, without the stop token."""
-        tokens, lengths = self.encode(prompt) if cache is None else self._continue(cache, prompt, max_new_tokens)
-        self._check_context(int(lengths.max()) if cache is None else 0, max_new_tokens)
         chosen = as_policy(policy) if cache is None else cache.policy
+        if cache is None:
+            tokens, lengths = self.encode(prompt)
+            self._check_context(chosen, int(lengths.max()), max_new_tokens)
+        else:
+            tokens, lengths = self._continue(cache, prompt, max_new_tokens)
         ids = stream(
             self.params,
             self.config,
             chosen,
-            tokens[:, : int(lengths[0])],
+            tokens,
+            lengths,
             cache=cache,
             max_new_tokens=max_new_tokens,
             sampler=sampler,

@@ -2,10 +2,11 @@
 
     pip install torch transformers accelerate && python scripts/bench_transformers.py --out results.json
 
-Cells: prefill of 2,048 tokens; decoding at 2,048 and 8,192 tokens of context; batch 1 and 8; peak memory of each. Each cell runs
-in a process of its own, the two libraries by turns, and is repeated; the table gives medians, and ratios are transformers' time
-by ours. Caches for decoding hold random numbers of the right shapes: speed does not depend on what they say. A last part compares
-kvjax's 4-bit cache with its full one, and the time per token after prompts of different lengths under a fixed budget.
+Cells: prefill of 2,048 tokens; decoding at 2,048 and 8,192 tokens of context; batch 1 and 8; peak memory of each. Each
+cell runs in a process of its own, the two libraries by turns, and is repeated; the table gives medians, and ratios are
+transformers' time by ours. Caches for decoding hold random numbers of the right shapes: speed does not depend on what
+they say. A last part compares kvjax's 4-bit cache with its full one, and the time per token after prompts of different
+lengths under a fixed budget.
 
 Peak memory is the process's peak resident size while the cell runs, after the weights are loaded.
 """
@@ -77,7 +78,9 @@ def run_kvjax(cell: dict, repeats: int) -> list[float]:
     if cell["kind"] == "prefill":
         tokens = jnp.asarray(rng.integers(0, 262144, (batch, context)), jnp.int32)
         reset_peak()
-        return timed(lambda: jax.block_until_ready(kvjax.prefill_logits(model.params, model.config, policy, tokens)), repeats)
+        return timed(
+            lambda: jax.block_until_ready(kvjax.prefill_logits(model.params, model.config, policy, tokens)), repeats
+        )
 
     planned = kvjax.plan(policy, model.config, [context] * batch, jnp.float32)
     shapes = abstract_cache(planned, model.config, batch, jnp.float32)
@@ -185,7 +188,9 @@ def main() -> None:
     if not args.ours:
         print(f"{'cell':28} {'transformers':>13} {'kvjax':>9} {'ratio':>6}   {'peak MB':>15}")
         for cell in CELLS:
-            theirs, ours = (run_cell(library, cell, args.repeats, args.threads) for library in ("transformers", "kvjax"))
+            theirs, ours = (
+                run_cell(library, cell, args.repeats, args.threads) for library in ("transformers", "kvjax")
+            )
             ratio = theirs["seconds"] / ours["seconds"]
             results.append({**cell, "transformers": theirs, "kvjax": ours, "ratio": ratio})
             name = f"{cell['kind']} {cell['context']} batch {cell['batch']}"

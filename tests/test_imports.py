@@ -19,10 +19,11 @@ MAY_IMPORT = {
     "cache": {"kernels"},
     "models": {"kernels", "cache"},  # A model calls the cache's `attend`; it never knows which policy runs.
     "checkpoints": {"models", "cache"},
-    "policies": {"kernels", "cache"},
+    "policies": {"kernels", "cache", "models"},  # Scores rotate queries, plans read a model's shapes.
     "methods": {"kernels", "cache", "policies"},
-    "generation": {"kernels", "cache", "models", "checkpoints", "policies", "methods"},
-    "evaluation": {"kernels", "cache", "models", "checkpoints", "policies", "methods", "generation"},
+    "generation": {"kernels", "cache", "models", "policies"},
+    "model": {"cache", "checkpoints", "generation", "models", "policies"},
+    "evaluation": {"kernels", "cache", "model", "models", "checkpoints", "policies", "methods", "generation"},
 }
 ENTRANCES = {"__init__", "__main__", "cli"}  # These see every room, and no room looks back at them.
 

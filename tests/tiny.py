@@ -75,8 +75,28 @@ def read_back(layer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def kept(cache, row: int) -> list[list[list[int]]]:
     """Sorted positions that one row holds, for every full-attention layer and head."""
-    layers = [np.asarray(cache.layers[i].pos)[row] for i in CONFIG.full_layers]
+    layers = [np.broadcast_to(layer.pos[row], (CONFIG.num_kv_heads, layer.pos.shape[-1])) for layer in full_layers(cache)]
     return [[sorted(head[head != EMPTY].tolist()) for head in layer] for layer in layers]
+
+
+def full_layers(cache) -> list:
+    return [cache.layers[i] for i in CONFIG.full_layers]
+
+
+def content(layer, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What one row holds, in order of position, wherever it stands: positions [H, n], keys and values [H, n, D]."""
+    pos, k, v = (x[row] for x in read_back(layer))
+    order = np.argsort(np.where(pos == EMPTY, 10**6, pos), -1, kind="stable")[:, : (pos[0] != EMPTY).sum()]
+    return np.take_along_axis(pos, order, -1), *(np.take_along_axis(x, order[..., None], 1) for x in (k, v))
+
+
+def assert_same_content(layer, other, atol: float, rows=None) -> None:
+    """The same tokens with the same keys and values in every row; `rows`: pairs of rows to compare."""
+    for row, other_row in rows or [(i, i) for i in range(layer.pos.shape[0])]:
+        (pos, *found), (want_pos, *want) = content(layer, row), content(other, other_row)
+        np.testing.assert_array_equal(pos, want_pos)
+        for x, y in zip(found, want, strict=True):
+            np.testing.assert_allclose(x, y, atol=atol)
 
 
 def assert_trees_equal(a, b) -> None:

@@ -12,9 +12,7 @@ from kvjax.kernels.attention import dot_keys, dot_values, fold, masked_softmax, 
 Mark = Callable[[Array, Array, Tokens], Array]
 
 
-def attend(
-    spec: LayerSpec, layer: LayerCache, new: Tokens, mark: Mark | None = None
-) -> tuple[Array, LayerCache]:
+def attend(spec: LayerSpec, layer: LayerCache, new: Tokens, mark: Mark | None = None) -> tuple[Array, LayerCache]:
     """Exact attention of T new tokens over a layer's cache and, causally, over themselves; then they are appended.
 
     Args:

@@ -1,6 +1,7 @@
 """How a key or a value is written in a slot. A codec treats every token alone, so slots can be moved and overwritten.
 
-A codec is a small hashable value with four functions: `encode` x [B, H, T, D] into a pytree of arrays [B, H, T, ...], `decode`
+A codec is a small hashable value with four functions: `encode` x [B, H, T, D] into a pytree of arrays [B, H, T, ...],
+  `decode`
 it back, and the two products that attention needs, `dot` and `mix`, with scales folded in where that saves work.
 """
 
@@ -90,7 +91,8 @@ class Scaled:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """2-, 4- or 8-bit asymmetric round-to-nearest, packed along channels; scale and zero per token and `group` channels.
+    """2-, 4- or 8-bit asymmetric round-to-nearest, packed along channels; scale and zero per token and `group`
+    channels.
 
     `x ~ code * scale + zero`. Groups isolate outlier channels; `group` 0 is one group per head.
     """
@@ -122,6 +124,6 @@ class Packed:
         per, group = codes_per_word(self.bits), self._group(head_dim)
         if head_dim % per or head_dim % group:
             raise ValueError(
-                f"{self.bits}-bit codes in groups of {group} need a head_dim that is a multiple of {per} and of the group; "
-                f"this model has {head_dim}."
+                f"{self.bits}-bit codes in groups of {group} need a head_dim that is a multiple of {per} and of the "
+                f"group; this model has {head_dim}."
             )

@@ -1,12 +1,12 @@
 """KIVI's layout: groups of tokens packed to 2, 4 or 8 bits, with the most recent tokens in full precision.
 
-Keys are quantized per channel, over `group` consecutive tokens: a key channel keeps its size over many tokens, so outlier
-channels get scales of their own. Values are quantized per token, over `group` consecutive channels. A residual of R tokens stays
-as it is: keys until R of them are together and are quantized at once, values until R newer ones have come
-(Liu et al., KIVI, arXiv 2402.02750, section 3 and algorithm 1).
+Keys are quantized per channel, over `group` consecutive tokens: a key channel keeps its size over many tokens, so
+outlier channels get scales of their own. Values are quantized per token, over `group` consecutive channels. A residual
+of R tokens stays as it is: keys until R of them are together and are quantized at once, values until R newer ones have
+come (Liu et al., KIVI, arXiv 2402.02750, section 3 and algorithm 1).
 
-Tokens lie in the order they were appended. With n tokens held, keys of the first `n - n % R` and values of the first `n - R`
-are packed; the rest stand in the residual, token t at slot `t % R`.
+Tokens lie in the order they were appended. With n tokens held, keys of the first `n - n % R` and values of the
+first `n - R` are packed; the rest stand in the residual, token t at slot `t % R`.
 """
 
 import dataclasses
@@ -117,8 +117,13 @@ class GroupedSlots:
         return (self.order[:, 0] != EMPTY).sum(-1, dtype=jnp.int32)
 
     @property
+    def capacity(self) -> int:
+        """Tokens that fit. The last place stays free: it would complete a residual of keys that has nowhere to be packed."""
+        return self.order.shape[-1] - 1
+
+    @property
     def room(self) -> Array:
-        return self.order.shape[-1] - self.count
+        return self.capacity - self.count
 
     def _recent_tokens(self) -> tuple[Array, Array]:
         """Tokens (by order) in the residual of keys: [B, 1, R]; and how many keys are packed: [B, 1, 1]."""
@@ -140,7 +145,8 @@ class GroupedSlots:
         return jnp.concatenate([dot_keys(q, self.k.decode().astype(q.dtype)), dot_keys(q, self.k_recent)], -1)
 
     def mix(self, p: Array) -> Array:
-        """Keys and values part at different tokens: weights of the last R tokens are gathered for the values' residual."""
+        """Keys and values part at different tokens: weights of the last R tokens are gathered for the values' residual.
+        """
         size, residual, count = self.packed_capacity, self.residual, self.count[:, None, None]
         _, packed = self._recent_tokens()
         slot = jnp.arange(residual, dtype=jnp.int32)
@@ -163,7 +169,7 @@ class GroupedSlots:
     def _append_one(self, k: Array, v: Array, pos: Array) -> "GroupedSlots":
         """k, v [B, H, 1, D], pos [B]; a row with `EMPTY` stays as it is."""
         residual, beyond = self.residual, self.order.shape[-1]
-        fits = (pos != EMPTY) & (self.count < beyond)
+        fits = (pos != EMPTY) & (self.count < self.capacity)
         n = jnp.where(fits, self.count, beyond)[:, None, None]  # Order of the new token, [B, 1, 1].
         slot = jnp.where(fits[:, None, None], n % residual, residual)
 

@@ -41,7 +41,8 @@ class Slots:
 
     Attributes:
       k, v: As the codec writes them: pytrees of arrays [B, H, S, ...].
-      pos: Token position of each slot [B, 1 or H, S] int32, `EMPTY` if none. One row where all heads keep the same tokens.
+      pos: Token position of each slot [B, 1 or H, S] int32, `EMPTY` if none. One row where all heads keep the same
+        tokens.
       marks: What a policy that evicts while decoding remembers of each slot, [B, 1 or H, S] float32, or None.
       limit: Tokens that each row keeps [B] int32 where old ones make way; None: `bound` for all rows.
       codec: How k and v are written.
@@ -49,8 +50,8 @@ class Slots:
         allocated for a short prompt until `reserve` adds them.
       ring: Token p lies at slot `p % bound` (sinks apart), so the newest overwrites the oldest.
       sinks: First tokens of a ring that stay.
-      shifted: Sinks move along with the window (StreamingLLM): a query at position i reads them as if it stood at its place
-        inside the cache. Keys rotate relatively, so this equals rotating all keys anew.
+      shifted: Sinks move along with the window (StreamingLLM): a query at position i reads them as if it stood at its
+        place inside the cache. Keys rotate relatively, so this equals rotating all keys anew.
     """
 
     k: Any
@@ -88,6 +89,7 @@ class Slots:
         logits = self.codec.dot(fold(new.q * spec.scale, heads), self.k)
         if not self.shifted:
             return logits
+        assert spec.rotate is not None
         place = jnp.minimum(new.pos, self.kept[:, None] - 1)
         q = spec.rotate(spec.rope, new.q_raw, place)
         first = jax.tree.map(lambda leaf: leaf[:, :, : self.sinks], self.k)
@@ -120,6 +122,7 @@ class Slots:
         return dataclasses.replace(self, marks=marks)
 
     def append(self, new: Tokens, marks: Array | None = None) -> "Slots":
+        """Stores new tokens; where the layer keeps marks, a token without one gets 0."""
         slot = self.slots_for(new.pos)
         write = lambda leaf, value: put_slots(leaf, slot, value)  # noqa: E731
         return dataclasses.replace(
@@ -127,7 +130,7 @@ class Slots:
             k=jax.tree.map(write, self.k, self.codec.encode(new.k)),
             v=jax.tree.map(write, self.v, self.codec.encode(new.v)),
             pos=put_slots(self.pos, slot, jnp.broadcast_to(new.pos[:, None], slot.shape)),
-            marks=None if self.marks is None else put_slots(self.marks, slot, marks),
+            marks=None if self.marks is None else put_slots(self.marks, slot, jnp.zeros(()) if marks is None else marks),
         )
 
     def keep(self, index: Array, valid: Array) -> "Slots":
@@ -143,7 +146,9 @@ class Slots:
         )
 
     def drop(self, slot: Array, where: Array) -> "Slots":
-        """Removes slot [B, 1 or H] where asked [B, 1 or H]: the last occupied one moves in, so that the prefix stays full."""
+        """Removes slot [B, 1 or H] where asked [B, 1 or H]: the last occupied one moves in, so that the prefix stays
+        full.
+        """
         last = self.count - 1
 
         def move(leaf):

@@ -16,12 +16,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from kvjax.cache import EMPTY, Cache
 from kvjax.cache.types import tree_nbytes
-from kvjax.evaluation.results import Row, config_hash, read_rows, versions, write_rows
+from kvjax.evaluation.results import Row, config_hash, versions, write_rows
 from kvjax.evaluation.score import divergence, feed, follow, likelihood, padded
-from kvjax.evaluation.speed import decode_speed, greedy
+from kvjax.evaluation.speed import greedy
 from kvjax.evaluation.tasks import Ids, Sample, Task
 from kvjax.generation import observe
 from kvjax.model import Model, bucket
@@ -29,6 +30,7 @@ from kvjax.models.config import Config
 from kvjax.models.transformer import unembed
 from kvjax.policies import Needs, Observed, Plan, Policy, PolicyError, abstract_cache, compress, parse_policy, plan
 
+TIMED_ROUNDS = 3  # Decoding is timed so often; the fastest counts.
 Progress = Callable[[int, int, str], None]
 
 
@@ -60,7 +62,7 @@ def parse_policies(text: str) -> tuple[Policy, ...]:
     """Policies as written on the command line, separated by semicolons; the full cache is put first.
 
     Raises:
-      PolicyError: One cannot be read or makes no sense, or is given twice.
+      PolicyError: One cannot be read, makes no sense or is given twice.
     """
     policies = [parse_policy(part) for part in text.split(";") if part.strip()]
     if not policies:
@@ -72,7 +74,7 @@ def parse_policies(text: str) -> tuple[Policy, ...]:
 
 
 def resolved_config(name: str, dtype: Any, task: Task, settings: Settings) -> dict[str, Any]:
-    """All that results depend on, for JSON; two runs of the same configuration may continue each other."""
+    """All that results depend on, for JSON; a run may go on where another of the same configuration stopped."""
     return {
         "model": name,
         "dtype": jnp.dtype(dtype).name,
@@ -88,38 +90,85 @@ def protocol_of(task: Task, settings: Settings) -> str:
     return "agnostic" if task.metric == "perplexity" else settings.protocol
 
 
-def prompt_and_question(sample: Sample, protocol: str) -> tuple[Ids, Ids]:
-    """What is compressed and what comes after."""
-    if protocol == "agnostic":
-        return sample.context_ids, sample.question_ids
-    return sample.context_ids + sample.question_ids[:-1], sample.question_ids[-1:]
+# A sample under a protocol
 
 
-def check(model: Model, samples: Sequence[Sample], protocol: str, settings: Settings) -> None:
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is compressed, what comes after, and the room that this takes.
+
+    Attributes:
+      sample: Its origin.
+      prompt: Compressed.
+      question: Fed to the compressed cache; its last token asks for the answer.
+      tokens: Length of the continuation.
+    """
+
+    sample: Sample
+    prompt: Ids
+    question: Ids
+    tokens: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens after the prompt, at most."""
+        return len(self.question) + max(self.tokens, *map(len, self.sample.answers))
+
+    @property
+    def asked(self) -> int:
+        """Padded tokens of the question with its continuation."""
+        return padded(len(self.question) + self.tokens - 1)
+
+    @property
+    def room(self) -> int:
+        return bucket(max(padded(self.longest), self.asked + 1))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """What compilations depend on."""
+        return bucket(len(self.prompt)), self.asked
+
+
+def make_cases(task: Task, samples: Sequence[Sample], settings: Settings) -> list[Case]:
+    """The samples under the protocol of the settings."""
+
+    def case(sample: Sample) -> Case:
+        context, question = sample.context_ids, sample.question_ids
+        if protocol_of(task, settings) == "aware":
+            context, question = context + question[:-1], question[-1:]
+        return Case(sample, context, question, settings.tokens)
+
+    return [case(sample) for sample in samples]
+
+
+def check(model: Model, cases: Sequence[Case], settings: Settings) -> None:
     """Everything that can be known before anything is computed.
 
     Raises:
       ValueError: A sample is longer than the model's context. PolicyError: A policy cannot serve the model or a prompt.
     """
-    lengths = set()
-    for sample in samples:
-        prompt, question = prompt_and_question(sample, protocol)
-        after = len(question) + max(settings.tokens, *map(len, sample.answers))
-        if len(prompt) + after > model.config.max_length:
+    for case in cases:
+        if len(case.prompt) + case.longest > model.config.max_length:
             raise ValueError(
-                f"Sample {sample.id} has {len(prompt)} tokens to compress and {after} after them; this model's context is "
-                f"{model.config.max_length}."
+                f"Sample {case.sample.id} has {len(case.prompt)} tokens to compress and {case.longest} after them; this model's "
+                f"context is {model.config.max_length}."
             )
-        lengths.add(len(prompt))
-    for length in sorted(lengths):
+    for length in sorted({len(case.prompt) for case in cases}):
         for policy in settings.policies:
             plan(policy, model.config, length, _dtype(model))
+
+
+def _dtype(model: Model) -> Any:
+    return model.params["embed"].dtype
+
+
+# The run
 
 
 def run(
     model: Model,
     task: Task,
-    samples: Sequence[Sample],
+    cases: Sequence[Case],
     settings: Settings,
     config: Mapping[str, Any],
     folder: pathlib.Path,
@@ -129,22 +178,19 @@ def run(
     """Runs what has not been run yet, and writes the file of rows after every sample.
 
     Args:
-      samples: Of the task, see `check`.
+      cases: Of the task, see `make_cases` and `check`.
       config: The resolved one, which goes into every row.
       folder: Where results go.
       rows: Those of an earlier run, see `results.read_rows`.
-      progress: Called with rows done, rows in all and what comes next.
+      progress: Called with rows done, rows in all and what has been done.
 
     Returns:
       All rows, those of the earlier run first.
     """
-    protocol, total = protocol_of(task, settings), len(samples) * len(settings.policies)
-    rows = list(rows)
-    done = {row["sample"] for row in rows}
     shared = {
         "task": task.name,
         "metric": task.metric,
-        "protocol": protocol,
+        "protocol": config["protocol"],
         "model": config["model"],
         "seed": config["task"].get("seed"),
         "config": dict(config),
@@ -152,30 +198,35 @@ def run(
         "versions": versions(),
         "device": jax.devices()[0].device_kind,
     }
-    speeds: dict[Any, float] = {}
-    todo = [sample for sample in samples if sample.id not in done]
-    # Questions about one context follow one another: they share its prefill where the question is not part of it.
-    for prompt, group in itertools.groupby(todo, key=lambda sample: prompt_and_question(sample, protocol)[0]):
+    rows, total = list(rows), len(cases) * len(settings.policies)
+    done = {row["sample"] for row in rows}
+    speeds: dict[tuple[int, int], list[float]] = {}
+    todo = [case for case in cases if case.sample.id not in done]
+    # Questions about one context follow one another: they share its prefill, unless they are part of it.
+    for prompt, group in itertools.groupby(todo, key=lambda case: case.prompt):
         progress(len(rows), total, "prefill")
         observed = _observe(model, prompt, settings.policies)
-        for sample in group:
+        for case in group:
             mine = []
-            for measured in _ask(model, observed, sample, protocol, settings, speeds):
-                time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-                mine.append(shared | {"sample": sample.id, **sample.info} | measured | {"time": time})
+            for measured in _ask(model, observed, case, settings):
+                mine.append(measured)
                 progress(len(rows) + len(mine), total, measured["policy"])
-            rows += [_with_perplexity(row) if task.metric == "perplexity" else row for row in mine]
+            if settings.speed and case.shape not in speeds:
+                progress(len(rows) + len(mine), total, "decoding speed")
+                speeds[case.shape] = _decode_speeds(model, observed, case, settings)
+            origin = shared | {"sample": case.sample.id, **case.sample.info}
+            time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            for row, speed in zip(mine, speeds.get(case.shape, [None] * len(mine)), strict=True):
+                rows.append(origin | _in_terms_of(task, row) | {"decode_tokens_per_s": speed, "time": time})
             write_rows(folder, rows)
     return rows
 
 
-def _with_perplexity(row: Row) -> Row:
-    """Whether a long text would have been written word for word is no question of interest."""
+def _in_terms_of(task: Task, row: Row) -> Row:
+    """Whether a long text would have been written word for word is no question of interest; its perplexity is."""
+    if task.metric == "accuracy":
+        return row
     return {key: value for key, value in row.items() if key != "correct"} | {"perplexity": math.exp(row["nll"])}
-
-
-def _dtype(model: Model) -> Any:
-    return model.params["embed"].dtype
 
 
 def _observe(model: Model, prompt: Ids, policies: Sequence[Policy]) -> Observed:
@@ -184,35 +235,26 @@ def _observe(model: Model, prompt: Ids, policies: Sequence[Policy]) -> Observed:
     return observe(model.params, model.config, tokens, lengths, needs)
 
 
-def _ask(
-    model: Model, observed: Observed, sample: Sample, protocol: str, settings: Settings, speeds: dict[Any, float]
-) -> Iterator[Row]:
+def _ask(model: Model, observed: Observed, case: Case, settings: Settings) -> Iterator[Row]:
     """One row per policy: the full cache's first, whose continuation the others are led along."""
-    prompt, question = prompt_and_question(sample, protocol)
-    after = padded(len(question) + settings.tokens - 1)
-    room = bucket(max(after + 1, *(padded(len(question) + len(answer) - 1) for answer in sample.answers)))
     continuation: list[int] = []
     reference = np.zeros(())
     for policy in settings.policies:
-        tight = plan(policy, model.config, len(prompt), _dtype(model))
-        cache = _ready(_wide(tight, observed), observed, room)
-        speed = policy, cache.layers[model.config.full_layers[0]].pos.shape if model.config.full_layers else 0
-        if not continuation or (settings.speed and speed not in speeds):
-            x, asked = feed(model, cache, question, after)
-            logits = _next_logits(model.params, model.config, jnp.asarray(x[-1:]))
-            if not continuation:
-                continuation = greedy(model, asked, logits, settings.tokens)[0].tolist()
-            if settings.speed:
-                speeds[speed] = decode_speed(model, asked, logits, settings.tokens)
-        answers = [likelihood(model, follow(model, cache, question, answer), answer) for answer in sample.answers]
+        tight = plan(policy, model.config, len(case.prompt), _dtype(model))
+        cache = _ready(_wide(tight, observed), observed, case.room)
+        if not continuation:
+            ids, _ = greedy(model, *_question(model, cache, case), case.tokens)
+            continuation = np.asarray(ids)[0].tolist()
+            reference = follow(model, cache, case.question, continuation)
+        answers = [
+            likelihood(model, follow(model, cache, case.question, answer), answer) for answer in case.sample.answers
+        ]
         best = max(answers, key=lambda answer: (answer.greedy, -answer.nll))
-        x = follow(model, cache, question, continuation)
-        reference = x if reference.ndim == 0 else reference
-        kl, top1 = divergence(model, x, reference)
+        kl, top1 = divergence(model, follow(model, cache, case.question, continuation), reference)
         nbytes, compressed = _sizes(tight, model.config, _dtype(model))
         yield {
             "policy": str(policy),
-            "prompt_tokens": len(prompt),
+            "prompt_tokens": len(case.prompt),
             "correct": best.greedy,
             "nll": best.nll,
             "log_likelihood": best.log,
@@ -223,11 +265,28 @@ def _ask(
             "nbytes_full_layers": compressed,
             "compression": cache.full_nbytes / nbytes,
             "kept": _kept(cache),
-            "decode_tokens_per_s": speeds.get(speed),
         }
 
 
+def _decode_speeds(model: Model, observed: Observed, case: Case, settings: Settings) -> list[float]:
+    """Tokens per second of every policy's compiled decode loop, by turns, so that a busy moment does not hit one alone."""
+
+    def timed(policy: Policy) -> float:
+        tight = plan(policy, model.config, len(case.prompt), _dtype(model))
+        asked = _question(model, _ready(_wide(tight, observed), observed, case.room), case)
+        return case.tokens / greedy(model, *asked, case.tokens)[1]
+
+    rounds = [[timed(policy) for policy in settings.policies] for _ in range(1 + TIMED_ROUNDS)]
+    return [max(speeds) for speeds in zip(*rounds[1:], strict=True)]  # The first round compiles.
+
+
 _next_logits = jax.jit(unembed, static_argnames="config")
+
+
+def _question(model: Model, cache: Cache, case: Case) -> tuple[Cache, Array]:
+    """The cache after the question, and the logits [1, vocab] of the answer's first token."""
+    x, cache = feed(model, cache, case.question, case.asked)
+    return cache, _next_logits(model.params, model.config, jnp.asarray(x[-1:]))
 
 
 def _wide(tight: Plan, observed: Observed) -> Plan:

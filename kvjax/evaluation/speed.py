@@ -16,31 +16,20 @@ from kvjax.model import Model
 from kvjax.policies import Policy, plan
 
 
-def seconds(run: Callable[[], Any], repeats: int) -> float:
-    """Of the fastest of `repeats` runs, after one that compiles. What `run` returns is waited for."""
-    jax.block_until_ready(run())
+def greedy(model: Model, cache: Cache, logits: Array, tokens: int) -> tuple[Array, float]:
+    """Decodes from a cache with room, which stays usable; no token ends a row.
 
-    def once() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        return time.perf_counter() - start
-
-    return min(once() for _ in range(repeats))
-
-
-def greedy(model: Model, cache: Cache, logits: Array, tokens: int) -> Array:
-    """The next tokens [B, tokens] int32 from a cache with room for them, which stays usable. No token ends a row."""
-    cache, logits = jax.tree.map(jnp.copy, (cache, logits))  # Decoding takes them away.
-    done = jnp.zeros(logits.shape[0], bool)
-    key = jax.random.key(0)
-    return generation.decode(
+    Returns:
+      The next tokens [B, tokens] int32, and how many seconds the compiled loop took.
+    """
+    cache, logits = jax.block_until_ready(jax.tree.map(jnp.copy, (cache, logits)))  # Decoding takes them away.
+    done, key = jnp.zeros(logits.shape[0], bool), jax.random.key(0)
+    start = time.perf_counter()
+    out, *_ = generation.decode(
         model.params, model.config, cache.policy, cache, logits, key, done, max_new_tokens=tokens
-    )[0]
-
-
-def decode_speed(model: Model, cache: Cache, logits: Array, tokens: int, repeats: int = 2) -> float:
-    """Tokens per second and row of the compiled decode loop."""
-    return tokens / seconds(lambda: greedy(model, cache, logits, tokens), repeats)
+    )
+    jax.block_until_ready(out)
+    return out, time.perf_counter() - start
 
 
 def bench(
@@ -92,15 +81,24 @@ def _bench_one(model: Model, policy: Policy, ids: Array, tokens: int, repeats: i
     def prefill() -> tuple[Array, Cache]:
         return generation.prefill_logits(model.params, model.config, policy, ids)
 
-    prefill_s = seconds(prefill, repeats)
     logits, cache = prefill()
     roomy = generation.with_room(cache, tokens)
+    greedy(model, roomy, logits, tokens)  # Compiles, as the first prefill did.
+    prefill_s = min(_seconds(prefill) for _ in range(repeats))
+    decode_s = min(greedy(model, roomy, logits, tokens)[1] for _ in range(repeats))
+    batch, context = ids.shape
     return {
         "policy": str(policy),
-        "context": ids.shape[1],
-        "batch": ids.shape[0],
+        "context": context,
+        "batch": batch,
         "prefill_s": prefill_s,
-        "decode_tokens_per_s": ids.shape[0] * decode_speed(model, roomy, logits, tokens, repeats),
+        "decode_tokens_per_s": batch * tokens / decode_s,
         "nbytes": cache.nbytes,
         "compression": cache.compression,
     }
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start

@@ -47,8 +47,8 @@ def decode(
       stop: Token ids that end a row; the stop token itself is part of the result, and is not fed to the cache.
 
     Returns:
-      tokens [B, max_new_tokens] int32 (0 where nothing was drawn), how many each row has [B], the next logits [B, vocab],
-      done [B], and the cache.
+      tokens [B, max_new_tokens] int32 (0 where nothing was drawn), how many each row has [B], the next logits [B,
+      vocab], done [B], and the cache.
     """
     batch = logits.shape[0]
 
@@ -63,7 +63,8 @@ def decode(
         tokens = tokens.at[:, step].set(jnp.where(live, token, 0))
         count, done = count + live, done | _is_stop(token, stop)
         x, cache = hidden_states(params, config, policy, cache, token[:, None], ~done[:, None])
-        # The last token needs no logits, but a loop body has one shape; the vocabulary projection is skipped when all is done.
+        # The last token needs no logits, but a loop body has one shape; the vocabulary projection is skipped when all
+        # is done.
         logits = lax.cond(done.all(), lambda x, old: old, lambda x, old: unembed(params, config, x[:, 0]), x, logits)
         return step + 1, tokens, count, done, logits, cache
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import Tracer
 
 from kvjax.cache import EMPTY, Cache
 from kvjax.models.config import Config
@@ -19,7 +20,8 @@ ROOM = 64  # Room is reserved in multiples of this, so that caches of many sizes
 def hidden_states(
     params: Params, config: Config, policy: Policy, cache: Cache, tokens: Array, valid: Array
 ) -> tuple[Array, Cache]:
-    """One pass over T new tokens: ids [B, T], of which valid [B, T] count -> hidden states [B, T, hidden], the new cache.
+    """One pass over T new tokens: ids [B, T], of which valid [B, T] count -> hidden states [B, T, hidden], the new
+    cache.
 
     Valid tokens stand at the front of a row. The cache must have room; what does not fit is dropped.
     """
@@ -39,20 +41,22 @@ def extend_hidden(
     if tokens.shape[1] == chunk:
         return hidden_states(params, config, policy, cache, tokens, valid)
     extra = -tokens.shape[1] % chunk
-    pieces = [jnp.pad(x, ((0, 0), (0, extra))).reshape(x.shape[0], -1, chunk).swapaxes(0, 1) for x in (tokens, valid)]
+
+    def pieces(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, extra))).reshape(x.shape[0], -1, chunk).swapaxes(0, 1)
 
     def step(cache: Cache, piece: tuple[Array, Array]):
         x, cache = hidden_states(params, config, policy, cache, *piece)
         return cache, x
 
-    cache, x = lax.scan(step, cache, tuple(pieces))
+    cache, x = lax.scan(step, cache, (pieces(tokens), pieces(valid)))
     x = x.swapaxes(0, 1)
     return x.reshape(x.shape[0], -1, x.shape[-1])[:, : tokens.shape[1]], cache
 
 
 def with_room(cache: Cache, slots: int) -> Cache:
     """The same cache with room for `slots` more tokens, in multiples of `ROOM`. Under `jit` it is returned as it is."""
-    if isinstance(cache.seen, jax.core.Tracer):
+    if isinstance(cache.seen, Tracer):
         return cache
     rooms: list[Any] = jax.device_get([layer.room for layer in cache.layers])
     lacking = [0 if room is None else max(slots - int(room.min()), 0) for room in rooms]
@@ -93,11 +97,11 @@ def extend(
       Logits [B, T, vocab] float32 ([B, vocab] if `last_only`) and the new cache.
     """
     tokens = jnp.asarray(tokens, jnp.int32)
-    rows = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
+    rows = (
+        jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
+    )
     valid = jnp.arange(tokens.shape[1]) < rows[:, None]
     x, cache = extend_hidden(params, config, policy, with_room(cache, tokens.shape[1]), tokens, valid)
     if last_only:
         x = jnp.take_along_axis(x, jnp.maximum(rows - 1, 0)[:, None, None], axis=1)[:, 0]
     return _unembed(params, config, x), cache
-
-

@@ -67,7 +67,8 @@ def generate(
       stop: Ids that end a row; the default never stops.
 
     Returns:
-      New tokens [B, max_new_tokens] int32, zeros after a row has ended, and how many each row has [B] (its stop token counts).
+      New tokens [B, max_new_tokens] int32, zeros after a row has ended, and how many each row has [B] (its stop token
+      counts).
 
     Raises:
       ValueError: A sampler draws at random and there is no key.
@@ -86,6 +87,7 @@ def stream(
     config: Config,
     policy: Policy,
     tokens: Array,
+    lengths: Array | None = None,
     *,
     cache: Cache | None = None,
     max_new_tokens: int = 64,
@@ -95,7 +97,7 @@ def stream(
 ) -> Iterator[int]:
     """`generate` for one row, token by token as they come. Same tokens for a greedy sampler."""
     key = _key(sampler, key)
-    logits, cache = start(params, config, policy, tokens, None, cache, max_new_tokens)
+    logits, cache = start(params, config, policy, tokens, lengths, cache, max_new_tokens)
     yield from stream_on(
         params, config, policy, cache, logits, max_new_tokens=max_new_tokens, sampler=sampler, key=key, stop=stop
     )

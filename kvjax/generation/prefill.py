@@ -1,24 +1,28 @@
-"""From a prompt to a cache, layer by layer: what the host holds is one layer's uncompressed keys and values, never the model's.
+"""From a prompt to a cache, layer by layer: what the host holds is one layer's uncompressed keys and values, never the
+model's.
 
-Every kind of layer is one small compiled function; the host loops over layers. `observe` keeps all layers' keys and values, so
-that one prefill can feed many policies; `prefill` compresses each layer as soon as it is seen. Both give the same cache.
+Every kind of layer is one small compiled function; the host loops over layers. `observe` keeps all layers' keys and
+values, so that one prefill can feed many policies; `prefill` compresses each layer as soon as it is seen. Both give the
+same cache.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from kvjax.cache import Cache, LayerSpec, Tokens, make_ring
 from kvjax.kernels.attention import causal_attention
 from kvjax.models.config import Config
 from kvjax.models.params import layer_params
 from kvjax.models.transformer import Params, embed, layer_spec, positions, run_layer, unembed
-from kvjax.policies.observe import Needs, observe as observe_attention
+from kvjax.policies.observe import Needs
+from kvjax.policies.observe import observe as observe_attention
 from kvjax.policies.plan import Observed, Plan, compress_layer, plan
 from kvjax.policies.policy import Policy
 
@@ -45,25 +49,42 @@ def _sliding_layer(weights: Params, x: Array, pos: Array, *, config: Config, spe
 
 _embed = jax.jit(embed, static_argnames="config")
 _unembed = jax.jit(unembed, static_argnames="config")
-_compress_layer = jax.jit(compress_layer, static_argnames=("plan", "config", "layer", "places"))
+_compress_layer = jax.jit(compress_layer, static_argnames=("policy", "spec", "length", "places"))
 
 
-def _layers(
-    params: Params, config: Config, tokens: Array, lengths: Array | None, needs: Needs
-) -> Iterator[tuple[int, Any, Array]]:
-    """Yields every layer's index, what was observed of it (or its ring) and the hidden states [B, T, hidden] after it."""
+def _run(
+    params: Params,
+    config: Config,
+    tokens: Array,
+    lengths: Array | None,
+    needs: Needs,
+    keep: Callable[[int, LayerSpec, Any], Any],
+) -> tuple[Array, tuple[Any, ...]]:
+    """All layers, one after another.
+
+    Args:
+      keep: `keep(layer, spec, observed) -> state`: what is left of a full-attention layer's observation. It happens before
+        the next layer starts.
+
+    Returns:
+      Hidden states [B, T, hidden] and every layer's state (a ring where it is a sliding one).
+    """
     pos = positions(tokens, lengths)
-    longest = tokens.shape[1] if lengths is None or isinstance(lengths, jax.core.Tracer) else int(np.max(lengths))
-    x = _embed(params, config, tokens)
+    longest = tokens.shape[1] if lengths is None or isinstance(lengths, Tracer) else int(np.max(lengths))
+    x, states = _embed(params, config, tokens), []
     for i, weights in enumerate(layer_params(params, config)):
         spec = layer_spec(config, i)
         if config.layer_types[i] == "full":
-            x, seen = _full_layer(weights, x, pos, jnp.int32(i), config=config, spec=spec, needs=needs)
+            x, state = _full_layer(weights, x, pos, jnp.int32(i), config=config, spec=spec, needs=needs)
+            state = keep(i, spec, state)
+            if isinstance(x, Tracer):  # Eager calls run in order by themselves; a compiler has to be told.
+                x, state = jax.lax.optimization_barrier((x, state))
         else:
             # A prompt longer than the window fills the ring whatever its length: one compilation serves all.
             length = tokens.shape[1] if longest >= config.sliding_window else longest
-            x, seen = _sliding_layer(weights, x, pos, config=config, spec=spec, length=length)
-        yield i, seen, x
+            x, state = _sliding_layer(weights, x, pos, config=config, spec=spec, length=length)
+        states.append(state)
+    return x, tuple(states)
 
 
 def _last(x: Array, lengths: Array) -> Array:
@@ -72,11 +93,17 @@ def _last(x: Array, lengths: Array) -> Array:
 
 
 def _lengths(tokens: Array, lengths: Array | None) -> Array:
-    return jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
+    return (
+        jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
+    )
 
 
 def observe(
-    params: Params, config: Config, tokens: Array, lengths: Array | None = None, needs: Needs = Needs()  # noqa: B008
+    params: Params,
+    config: Config,
+    tokens: Array,
+    lengths: Array | None = None,
+    needs: Needs = Needs(),  # noqa: B008
 ) -> Observed:
     """Runs a batch of prompts and keeps everything, for `policies.compress`.
 
@@ -84,12 +111,9 @@ def observe(
       tokens: Ids [B, T] int32, right-padded. lengths: Tokens of each row [B]; default: all.
       needs: Statistics that the policies will ask for (`policy.needs`, joined by `|`).
     """
-    layers, x = [], None
-    for _, seen, x in _layers(params, config, tokens, lengths, needs):
-        layers.append(seen)
-    assert x is not None
+    x, layers = _run(params, config, tokens, lengths, needs, lambda layer, spec, observed: observed)
     rows = _lengths(tokens, lengths)
-    return Observed(layers=tuple(layers), lengths=rows, last=_last(x, rows), config=config, needs=needs)
+    return Observed(layers=layers, lengths=rows, last=_last(x, rows), config=config, needs=needs)
 
 
 def next_logits(params: Params, observed: Observed) -> Array:
@@ -102,32 +126,28 @@ def prefill_logits(
 ) -> tuple[Array, Cache]:
     """`prefill`, and the logits of the token after each prompt [B, vocab] float32."""
     rows = _lengths(tokens, lengths)
-    known = tokens.shape[1] if isinstance(rows, jax.core.Tracer) else np.asarray(rows)
+    known = tokens.shape[1] if isinstance(rows, Tracer) else np.asarray(rows)
     planned: Plan = plan(policy, config, known, params["embed"].dtype)
-    slots, compressed = planned.slots(rows), dict(zip(config.full_layers, planned.capacities, strict=True))
-    layers, x = [], None
-    for i, seen, x in _layers(params, config, tokens, lengths, policy.needs):
-        if i in compressed:
-            number = config.full_layers.index(i)
-            seen = _compress_layer(planned, config, i, seen, slots[number], compressed[i])
-            # The next layer may only start once this one's keys and values can go.
-            x, seen = jax.lax.optimization_barrier((x, seen))
-        layers.append(seen)
-    assert x is not None
-    cache = Cache(layers=tuple(layers), seen=rows, config=config, policy=planned.policy)
+    slots, number = planned.slots(rows), {layer: i for i, layer in enumerate(config.full_layers)}
+
+    def keep(layer: int, spec: LayerSpec, observed: Any) -> Any:
+        i = number[layer]
+        return _compress_layer(planned.policy, spec, planned.length, planned.capacities[i], observed, slots[i])
+
+    x, layers = _run(params, config, tokens, lengths, policy.needs, keep)
+    cache = Cache(layers=layers, seen=rows, config=config, policy=planned.policy)
     return _unembed(params, config, _last(x, rows)), cache
 
 
-def prefill(
-    params: Params, config: Config, policy: Policy, tokens: Array, lengths: Array | None = None
-) -> Cache:
+def prefill(params: Params, config: Config, policy: Policy, tokens: Array, lengths: Array | None = None) -> Cache:
     """The compressed cache of a batch of prompts.
 
     Args:
       params, config: The model.
       policy: What becomes of keys and values of full-attention layers; sliding layers keep their window.
       tokens: Ids [B, T] int32, right-padded.
-      lengths: Tokens of each row [B] int32; default: all. Under `jit` the longest row counts as T for what is allocated.
+      lengths: Tokens of each row [B] int32; default: all. Under `jit` the longest row counts as T for what is
+        allocated.
 
     Returns:
       A cache without room to spare; `Cache.reserve` adds it (`extend` and `generate` do by themselves).

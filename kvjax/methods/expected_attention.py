@@ -1,16 +1,22 @@
-"""Expected Attention: what would queries to come attend to? Devoto et al., 2025, https://arxiv.org/abs/2510.00636 (kvpress)
+"""Expected Attention: what would queries to come attend to? Devoto et al., 2025, https://arxiv.org/abs/2510.00636
+(kvpress)
 
-Queries before rotation are taken as Gaussian, with the prompt's mean and covariance, and rotated to the average of the next
-positions; a key's expected attention then has a closed form. It is multiplied by the norm of the value.
+Queries before rotation are taken as Gaussian, with the prompt's mean and covariance, and rotated to the average of the
+next positions; a key's expected attention then has a closed form. It is multiplied by the norm of the value.
 
-As in kvpress, the covariance divides by N, the first queries are left out of the statistics, and their tokens always stay.
+As in kvpress, the covariance divides by N, the first queries are left out of the statistics, and their tokens always
+stay.
 """
 
 from kvjax.policies import Budget, Evict, Policy, register
 from kvjax.policies.score import ExpectedAttention
 
 
-@register("Expected Attention: KV Cache Compression by Estimating Attention from Future Queries Distribution", "https://arxiv.org/abs/2510.00636", budget=0.5)
+@register(
+    "Expected Attention: KV Cache Compression by Estimating Attention from Future Queries Distribution",
+    "https://arxiv.org/abs/2510.00636",
+    budget=0.5,
+)
 def expected_attention(
     budget: Budget | int | float | str,
     *,

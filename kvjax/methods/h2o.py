@@ -1,12 +1,14 @@
 """H2O: a few heavy hitters receive most of the attention. Zhang et al., 2023, https://arxiv.org/abs/2306.14048
 
-A token's score is the attention that it has received from all queries so far, summed without normalization; half of the budget
-goes to the highest scores, half to the newest tokens, and one token leaves at every decoding step (algorithm 1).
+A token's score is the attention that it has received from all queries so far, summed without normalization; half of
+the budget goes to the highest scores, half to the newest tokens, and one token leaves at every decoding step
+(algorithm 1).
 
-Differs from the authors' code: the scores of a group of query heads are added, so that a KV head keeps one set of tokens (the
-code cannot run grouped queries); keys keep their original rotation (as in the code's mask simulation; its real-drop variant rotates
-by cache position); the simulation's off-by-one, which hides every token for one step as it leaves the recent window, is not copied.
-As in the real-drop variant, a token is evicted after the new query has attended, so a step sees budget + 1 tokens.
+Differs from the authors' code: the scores of a group of query heads are added, so that a KV head keeps one set of
+tokens (the code cannot run grouped queries); keys keep their original rotation (as in the code's mask simulation; its
+real-drop variant rotates by cache position); the simulation's off-by-one, which hides every token for one step as it
+leaves the recent window, is not copied. As in the real-drop variant, a token is evicted after the new query has
+attended, so a step sees budget + 1 tokens.
 """
 
 from typing import Literal

@@ -1,11 +1,12 @@
 """KIVI: keys per channel, values per token, 2 bits, no tuning. Liu et al., 2024, https://arxiv.org/abs/2402.02750
 
-Outliers of keys sit in a few channels, so each channel gets its own scale over a group of tokens; values have none, so a token's
-values share scales. The newest tokens stay in full precision (section 3.3, algorithm 1). Prefill attention is exact.
+Outliers of keys sit in a few channels, so each channel gets its own scale over a group of tokens; values have none, so
+a token's values share scales. The newest tokens stay in full precision (section 3.3, algorithm 1). Prefill attention is
+exact.
 
-As in the authors' code: keys are packed once `residual` of them are together, so between 0 and `residual - 1` of the newest are in
-full precision; each value is packed once `residual` newer ones have come; zero is the group's minimum, rounding is half to even.
-Differs from the authors' code: codes are found for the scale as it is stored (float16).
+As in the authors' code: keys are packed once `residual` of them are together, so between 0 and `residual - 1` of the
+newest are in full precision; each value is packed once `residual` newer ones have come; zero is the group's minimum,
+rounding is half to even. Differs from the authors' code: codes are found for the scale as it is stored (float16).
 """
 
 from kvjax.policies import Grouped, Policy, register

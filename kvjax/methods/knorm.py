@@ -9,10 +9,12 @@ from kvjax.policies import Budget, Evict, Phase, Policy, register
 from kvjax.policies.score import KeyNorm
 
 
-@register("Knorm: A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", "https://arxiv.org/abs/2406.11430", budget=0.5)
-def knorm(
-    budget: Budget | int | float | str, *, phase: Literal["prompt", "step"] = "prompt", every: int = 1
-) -> Policy:
+@register(
+    "Knorm: A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression",
+    "https://arxiv.org/abs/2406.11430",
+    budget=0.5,
+)
+def knorm(budget: Budget | int | float | str, *, phase: Literal["prompt", "step"] = "prompt", every: int = 1) -> Policy:
     """Keeps the tokens with the smallest keys.
 
     Args:

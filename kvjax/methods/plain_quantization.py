@@ -1,7 +1,7 @@
 """Plain rounding of single tokens: what every quantization method has to beat at the same bytes.
 
-Each token's key and value are rounded by themselves when they are written, so these stores go with every policy, also with those
-that evict while decoding.
+Each token's key and value are rounded by themselves when they are written, so these stores go with every policy, also
+with those that evict while decoding.
 """
 
 from kvjax.cache import Packed, Scaled

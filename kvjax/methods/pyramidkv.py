@@ -3,9 +3,10 @@ https://arxiv.org/abs/2406.02069
 
 SnapKV's scores, with budgets that fall in an arithmetic sequence from the first layer to the last (section 4.2).
 
-Differs from kvpress: only the layers that are compressed share the budget (kvpress spreads it over all layers of a model, also
-those with a sliding window), and roundings never add up to more than the budget. Like there, budgets are all equal where the
-pyramid would leave a layer less than the window.
+Differs from kvpress: only the layers that are compressed share the budget (kvpress spreads it over all layers of a
+  model, also
+those with a sliding window), and roundings never add up to more than the budget. Like there, budgets are all equal
+where the pyramid would leave a layer less than the window.
 """
 
 from typing import Literal
@@ -14,7 +15,11 @@ from kvjax.policies import Budget, Evict, Policy, Pyramid, register
 from kvjax.policies.score import WindowAttention
 
 
-@register("PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling", "https://arxiv.org/abs/2406.02069", budget=0.25)
+@register(
+    "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling",
+    "https://arxiv.org/abs/2406.02069",
+    budget=0.25,
+)
 def pyramidkv(
     budget: Budget | int | float | str,
     *,

@@ -1,4 +1,6 @@
-"""Random eviction: the floor of every table. A method that does not beat it at the same bytes has no score worth the name."""
+"""Random eviction: the floor of every table. A method that does not beat it at the same bytes has no score worth the
+name.
+"""
 
 from kvjax.policies import Budget, Evict, Policy, register
 from kvjax.policies.score import Chance

@@ -1,16 +1,21 @@
-"""StreamingLLM: attention sinks and a recent window make a stream endless. Xiao et al., 2023, https://arxiv.org/abs/2309.17453
+"""StreamingLLM: attention sinks and a recent window make a stream endless. Xiao et al., 2023,
+https://arxiv.org/abs/2309.17453
 
-The first tokens take up the attention that nothing else deserves; kept beside a rolling window, they keep a model stable over
-millions of tokens. Positions are those inside the cache, not in the text (section 3.2).
+The first tokens take up the attention that nothing else deserves; kept beside a rolling window, they keep a model
+stable over millions of tokens. Positions are those inside the cache, not in the text (section 3.2).
 
-Differs from the authors' code: keys are stored rotated, and instead of rotating all of them anew at every step, queries are
-rotated a second time for the sinks alone. Rotations are relative, so the products are the same.
+Differs from the authors' code: keys are stored rotated, and instead of rotating all of them anew at every step, queries
+are rotated a second time for the sinks alone. Rotations are relative, so the products are the same.
 """
 
 from kvjax.policies import Budget, Policy, Ring, register
 
 
-@register("StreamingLLM: Efficient Streaming Language Models with Attention Sinks", "https://arxiv.org/abs/2309.17453", budget=0.5)
+@register(
+    "StreamingLLM: Efficient Streaming Language Models with Attention Sinks",
+    "https://arxiv.org/abs/2309.17453",
+    budget=0.5,
+)
 def streaming_llm(budget: Budget | int | float | str, *, sinks: int = 4, shifted: bool = True) -> Policy:
     """Keeps the first tokens and the newest, at every step.
 

@@ -1,12 +1,12 @@
-"""What a decoder-only transformer is, as data: one frozen `Config`, and how each family's Hugging Face settings map to it.
+"""What a decoder-only transformer is, as data: one frozen `Config`, and how each family's Hugging Face settings map to
+it.
 
 Supported families: Llama 2 / 3 / 3.1 / 3.2, Mistral, Qwen2 / 2.5, Qwen3, Gemma 2, Gemma 3 (text), Phi-3. A family is a
 function from its `config.json` to a `Config`; the forward pass never asks for the family's name.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 LayerType = Literal["full", "sliding"]
 
@@ -60,8 +60,8 @@ class Config:
       norm_eps: RMSNorm epsilon.
       norm_offset: Added to RMSNorm weights (1 in Gemma, whose weights are stored around zero).
       activation: Of the gated MLP.
-      qkv_bias, qk_norm, post_norms: Biases on q, k, v; RMSNorm on q and k heads before rotation; RMSNorm on the output of
-        attention and MLP before the residual sum (Gemma).
+      qkv_bias, qk_norm, post_norms: Biases on q, k, v; RMSNorm on q and k heads before rotation; RMSNorm on the output
+        of attention and MLP before the residual sum (Gemma).
       query_scale: Multiplier of attention logits, usually `head_dim ** -0.5`.
       attn_softcap, logit_softcap: `cap * tanh(x / cap)` on attention logits and on output logits; 0 for none.
       embed_scale: Multiplier of token embeddings (`sqrt(hidden_size)` in Gemma).

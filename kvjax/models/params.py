@@ -1,7 +1,8 @@
 """The parameters of a decoder, declared once: an NNX module that holds arrays and computes nothing.
 
-`Decoder` says each array's shape, axes and initializer. Everything else works on plain nested dicts of arrays: `abstract_params`
-gives shapes for loading, `init_params` random weights, `stack_layers` the layout that `lax.scan` wants.
+`Decoder` says each array's shape, axes and initializer. Everything else works on plain nested dicts of arrays:
+`abstract_params` gives shapes for loading, `init_params` random weights, `stack_layers` the layout that `lax.scan`
+wants.
 
     {"embed": [vocab, hidden], "final_norm": [hidden], "lm_head": [vocab, hidden] unless tied,
      "layers": (one dict per layer) or (one dict per run of like layers, every leaf with a leading layer axis)}
@@ -112,8 +113,8 @@ def layer_runs(config: Config) -> list[tuple[int, ...]]:
 def stack_layers(params: dict[str, Any], config: Config) -> dict[str, Any]:
     """Params whose "layers" are runs of like layers, stacked: compiles in one body per run under `lax.scan`.
 
-    Worth it on accelerators for deep models. On CPUs a scan copies every layer's weights at every step (twice the time of a
-    decode step, measured), so `kvjax.load` leaves layers apart there.
+    Worth it on accelerators for deep models. On CPUs a scan copies every layer's weights at every step (twice the time
+    of a decode step, measured), so `kvjax.load` leaves layers apart there.
     """
     layers = params["layers"]
     stacked = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *(layers[i] for i in run)) for run in layer_runs(config)]

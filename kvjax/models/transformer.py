@@ -1,7 +1,8 @@
 """One decoder-only transformer for all families: pure functions of (params, tokens, cache).
 
-The model does not know what a cache is. A layer projects its tokens and calls `attend(spec, state, tokens)`, which returns the
-attention output and the layer's new state; what the state is, and what happened to it, is the caller's business. Three callers
+The model does not know what a cache is. A layer projects its tokens and calls `attend(spec, state, tokens)`, which
+returns the attention output and the layer's new state; what the state is, and what happened to it, is the caller's
+business. Three callers
 exist: plain causal attention without any state (`forward`), observation of a prompt (`generation.prefill`), and a cache
 (`cache.attend`).
 """

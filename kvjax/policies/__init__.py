@@ -3,6 +3,8 @@
 from kvjax.policies.budget import Budget as Budget
 from kvjax.policies.budget import Pyramid as Pyramid
 from kvjax.policies.budget import Uniform as Uniform
+from kvjax.policies.describe import parts as parts
+from kvjax.policies.describe import phase as phase
 from kvjax.policies.observe import Needs as Needs
 from kvjax.policies.observe import Observation as Observation
 from kvjax.policies.observe import Prompt as Prompt

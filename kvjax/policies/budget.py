@@ -30,7 +30,9 @@ class Budget:
         if given[0] <= 0:
             raise ValueError(f"A budget must be positive, got {self}.")
         if self.ratio is not None and self.ratio > 1:
-            raise ValueError(f"A ratio is the part that is kept, between 0 and 1; got {self.ratio}. For tokens give an int.")
+            raise ValueError(
+                f"A ratio is the part that is kept, between 0 and 1; got {self.ratio}. For tokens give an int."
+            )
 
     @classmethod
     def of(cls, value: "Budget | int | float | str") -> "Budget":
@@ -53,7 +55,8 @@ class Budget:
         if match and match[2] in UNITS:
             return cls(bytes=math.floor(float(match[1]) * UNITS[match[2]]))
         raise ValueError(
-            f"Cannot read the budget {value!r}: give an int (tokens), a float up to 1.0 (ratio kept) or a size such as '64KiB'."
+            f"Cannot read the budget {value!r}: give an int (tokens), a float up to 1.0 (ratio kept) or a size such as "
+            "'64KiB'."
         )
 
     def __str__(self) -> str:
@@ -107,8 +110,9 @@ class Uniform:
 class Pyramid:
     """PyramidKV's arithmetic sequence: many slots for early layers, few for late ones (arXiv 2406.02069, section 4.2).
 
-    The last layer gets `mean / beta` and the first what makes the average right; if the first would get more than all but the
-    window, it gets just that and the last the rest. Where that would leave a layer less than the floor, all get the same.
+    The last layer gets `mean / beta` and the first what makes the average right; if the first would get more than all
+    but the window, it gets just that and the last the rest. Where that would leave a layer less than the floor, all get
+    the same.
 
     Attributes:
       beta: Steepness.

@@ -1,6 +1,8 @@
-"""What is seen of a prompt while its attention is computed: one layer's keys and values, and the statistics that scores need.
+"""What is seen of a prompt while its attention is computed: one layer's keys and values, and the statistics that scores
+need.
 
-An observation holds queries and positions, never an attention matrix: scores are taken against the tokens that are there when
+An observation holds queries and positions, never an attention matrix: scores are taken against the tokens that are
+  there when
 the score is asked for, so a policy stays right after another has already evicted.
 """
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.cache import Cache, make_ring, tree_nbytes
+from kvjax.cache import Cache, LayerSpec, make_ring, tree_nbytes
 from kvjax.cache.types import static
 from kvjax.models.config import Config
 from kvjax.models.transformer import layer_spec
@@ -70,8 +70,8 @@ def plan(policy: Policy, config: Config, lengths: Any, dtype: Any) -> Plan:
             layer, row = (int(i) for i in np.argwhere(short)[0])
             raise PolicyError(
                 f"{policy}: a budget of {stage.budget} leaves {slots[layer, row]} of {lengths[row]} tokens in layer "
-                f"{config.full_layers[layer]}, and the method needs at least {stage.least}. Give it more, or fewer sinks and "
-                "a smaller window."
+                f"{config.full_layers[layer]}, and the method needs at least {stage.least}. Give it more, or fewer "
+                "sinks and a smaller window."
             )
         per_stage.append(slots.max(1))
     capacities = tuple(tuple(int(slots[i]) for slots in per_stage) for i in range(layers))
@@ -81,7 +81,7 @@ def plan(policy: Policy, config: Config, lengths: Any, dtype: Any) -> Plan:
 def _in_tokens(policy: Policy, config: Config, length: int, dtype: Any) -> Policy:
     """The policy with its last budget in tokens: the most whose cache, for one sequence, fits the bytes."""
     *before, last = policy.stages
-    allowed = last.budget.bytes
+    allowed = last.budget.bytes or 0
 
     def with_tokens(tokens: int) -> Policy:
         stage = dataclasses.replace(last, budget=Budget(tokens=tokens))  # type: ignore[type-var]
@@ -123,11 +123,22 @@ class Observed:
     needs: Needs = static()
 
 
-def compress_layer(plan: Plan, config: Config, layer: int, observed: Any, slots: jax.Array, places: tuple[int, ...]) -> Any:
-    """The cache of one full-attention layer: observed (Prompt, Observation), slots [stages, B], places per stage."""
+def compress_layer(
+    policy: Policy, spec: LayerSpec, length: int, places: tuple[int, ...], observed: Any, slots: jax.Array
+) -> Any:
+    """The cache of one full-attention layer.
+
+    Args:
+      policy, spec: What to do, and to which kind of layer.
+      length: Tokens of the longest prompt; padding beyond is cut off.
+      places: Slots that each stage allocates.
+      observed: (Prompt, Observation) of the layer.
+      slots: Tokens that each stage leaves in each row [stages, B] int32.
+    """
     prompt, obs = observed
-    prompt = prompt.take(jnp.arange(plan.length)[None, None], jnp.asarray(True)) if prompt.k.shape[2] > plan.length else prompt
-    return make_layer(plan.policy, layer_spec(config, layer), prompt, obs, slots, places)
+    if prompt.k.shape[2] > length:
+        prompt = prompt.take(jnp.arange(length)[None, None], jnp.asarray(True))
+    return make_layer(policy, spec, prompt, obs, slots, places)
 
 
 @functools.partial(jax.jit, static_argnames="plan")
@@ -136,7 +147,8 @@ def compress(plan: Plan, observed: Observed) -> Cache:
     config, slots = observed.config, plan.slots(observed.lengths)
     layers = list(observed.layers)
     for i, layer in enumerate(config.full_layers):
-        layers[layer] = compress_layer(plan, config, layer, layers[layer], slots[i], plan.capacities[i])
+        spec, places = layer_spec(config, layer), plan.capacities[i]
+        layers[layer] = compress_layer(plan.policy, spec, plan.length, places, layers[layer], slots[i])
     return Cache(layers=tuple(layers), seen=observed.lengths, config=config, policy=plan.policy)
 
 

@@ -11,7 +11,7 @@ from jax import Array
 from kvjax.cache import LayerSpec, Tokens, attend
 from kvjax.policies.budget import Budget
 from kvjax.policies.observe import Needs, Observation, Prompt
-from kvjax.policies.stage import Ring, Stage
+from kvjax.policies.stage import Stage
 from kvjax.policies.store import Slotwise, Store
 
 
@@ -44,25 +44,25 @@ class Policy:
         for stage in self.stages[:-1]:
             if stage.phase.when == "step":
                 raise PolicyError(
-                    f"In {self.label!r} a policy that goes on acting while decoding is followed by another that evicts. "
-                    "It must come last."
+                    f"In {self.label!r} a policy that goes on acting while decoding is followed by another that "
+                    "evicts. It must come last."
                 )
         last = self.stages[-1] if self.stages else None
-        if last is not None and len(self.stages) > 1 and isinstance(last, Ring):
+        if last is not None and len(self.stages) > 1 and last.by_position:
             raise PolicyError(
-                f"In {self.label!r} a ring of recent tokens follows an eviction: it would allocate slots for tokens that are "
-                "gone. Use one of the two."
+                f"In {self.label!r} a ring of recent tokens follows an eviction: it would allocate slots for tokens "
+                "that are gone. Use one of the two."
             )
         if last is not None and last.phase.when == "step" and not self.layout.slotwise:
             raise PolicyError(
-                f"{self.label!r}: the store packs groups of tokens, and a policy that evicts while decoding overwrites single "
-                'ones. Evict at the end of the prompt (phase="prompt") or use a store of single tokens (int8, int4, fp8).'
+                f"{self.label!r}: the store packs groups of tokens, and a policy that evicts while decoding overwrites "
+                'single ones. Evict at the end of the prompt (phase="prompt") or store single tokens (int8, int4, fp8).'
             )
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if _never_less(before.budget, after.budget):
                 raise PolicyError(
-                    f"In {self.label!r} the second budget ({after.budget}) is not below the first ({before.budget}), so the "
-                    "second policy would never act. Give the later one less."
+                    f"In {self.label!r} the second budget ({after.budget}) is not below the first ({before.budget}), "
+                    "so the second policy would never act. Give the later one less."
                 )
         if any(stage.budget.bytes is not None for stage in self.stages[:-1]):
             raise PolicyError(f"{self.label!r}: bytes can only bound the last policy that evicts.")
@@ -102,14 +102,19 @@ class Policy:
         return needs
 
     @property
+    def endless(self) -> bool:
+        """Whether positions are those inside the cache, so that a stream may outgrow the model's context."""
+        return bool(self.stages) and self.stages[-1].endless
+
+    @property
     def acts_every_step(self) -> bool:
         """Whether tokens must be added one at a time, because each may evict another."""
-        return bool(self.stages) and hasattr(self.stages[-1], "score") and self.stages[-1].phase.when == "step"
+        return bool(self.stages) and self.stages[-1].update is not None
 
     @property
     def after_prompt(self) -> "Policy":
-        """What is left to do once the prompt is compressed. Policies that differ only in how they do that have the same, so a
-        cache that carries it shares compiled decoding with theirs."""
+        """What is left to do once the prompt is compressed. Policies that differ only in how they do that have the
+        same, so a cache that carries it shares compiled decoding with theirs."""
         return Policy(stages=self.stages[-1:] if self.acts_every_step else (), read=self.read)
 
 
@@ -142,12 +147,10 @@ def make_layer(
 def attend_with(policy: Policy):
     """The `attend` of a model whose cache this policy made."""
     stage = policy.stages[-1] if policy.acts_every_step else None
-    mark = stage.score.update if stage is not None else None  # type: ignore[attr-defined]
+    mark = stage.update if stage is not None else None
 
     def attend_and_evict(spec: LayerSpec, layer: Any, new: Tokens) -> tuple[Array, Any]:
         out, layer = attend(spec, layer, new, mark)
         return out, layer if stage is None or layer.marks is None else stage.step(layer)
 
     return attend_and_evict
-
-

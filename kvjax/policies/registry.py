@@ -79,7 +79,7 @@ def methods() -> Mapping[str, Method]:
     return MappingProxyType(dict(sorted(_METHODS.items())))
 
 
-def _nearest(word: str, known: Any) -> str:
+def nearest(word: str, known: Any) -> str:
     near = difflib.get_close_matches(word, known, n=3, cutoff=0.4)
     return f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(sorted(known))}."
 
@@ -89,7 +89,8 @@ def policy(name: str, *args: Any, **params: Any) -> Policy:
 
     Args:
       name: See `kvjax methods`.
-      *args: Positional parameters; the first is usually the budget: an int (tokens), a float (ratio kept), "64KiB" (bytes).
+      *args: Positional parameters; the first is usually the budget: an int (tokens), a float (ratio kept), "64KiB"
+      (bytes).
       **params: The method's parameters.
 
     Raises:
@@ -97,11 +98,13 @@ def policy(name: str, *args: Any, **params: Any) -> Policy:
     """
     known = methods()
     if name not in known:
-        raise PolicyError(f"Unknown method {name!r}. {_nearest(name, known)}")
+        raise PolicyError(f"Unknown method {name!r}. {nearest(name, known)}")
     method = known[name]
     for key in params:
         if key not in method.parameters:
-            raise PolicyError(f"{name} has no parameter {key!r}. {_nearest(key, method.parameters)} It is {method.signature}.")
+            raise PolicyError(
+                f"{name} has no parameter {key!r}. {nearest(key, method.parameters)} It is {method.signature}."
+            )
     try:
         inspect.signature(method.build).bind(*args, **params)
     except TypeError as error:
@@ -135,7 +138,9 @@ def parse_policy(text: str, budget: Any = None) -> Policy:
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError as error:
-        raise PolicyError(f"Cannot read the policy {text!r}: {error.msg}. Write it like snapkv(0.25) | kivi(bits=2).") from None
+        raise PolicyError(
+            f"Cannot read the policy {text!r}: {error.msg}. Write it like snapkv(0.25) | kivi(bits=2)."
+        ) from None
     return _build(tree, text, budget)
 
 

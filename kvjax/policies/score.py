@@ -1,13 +1,15 @@
-"""Which cached tokens will matter? Every score is a small value that maps a layer's tokens to numbers, higher is better.
+"""Which cached tokens will matter? Every score is a small value that maps a layer's tokens to numbers, higher is
+better.
 
-`score(prompt, obs, spec)` -> [B, 1 or H, S] float32, one row where all heads share a ranking; entries of empty slots mean
-nothing. `needs` says which statistics it reads. A score that can be kept up while decoding also has `update(marks, weights, new)`:
-the slots' marks [B, 1 or H, S] and a step's attention weights [B, H, G, T, S + T] -> marks [B, 1 or H, S + T].
+`score(prompt, obs, spec)` -> [B, 1 or H, S] float32, one row where all heads share a ranking; entries of empty slots
+mean nothing. `needs` says which statistics it reads. A score that can be kept up while decoding also has `update(marks,
+weights, new)`: the slots' marks [B, 1 or H, S] and a step's attention weights [B, H, G, T, S + T] -> marks [B, 1 or H,
+S + T].
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, Literal, Protocol
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +64,7 @@ class WindowAttention:
     window: int = 32
     width: int = 5
     kind: Literal["avg", "max"] = "avg"
-    update: ClassVar[None] = None
+    update = None
 
     def __post_init__(self):
         if self.window < 1 or self.width < 1 or self.width % 2 == 0 or self.kind not in ("avg", "max"):
@@ -102,12 +104,12 @@ class AccumulatedAttention:
     """Attention received from every query so far, summed: the heavy hitters (H2O).
 
     Attributes:
-      normalized: Divide by the number of queries that could see the token (kvpress' ObservedAttention); at the end of the
-        prompt only.
+      normalized: Divide by the number of queries that could see the token (kvpress' ObservedAttention); at the end of
+        the prompt only.
     """
 
     normalized: bool = False
-    needs: ClassVar[Needs] = Needs(column_sums=True)
+    needs = Needs(column_sums=True)
 
     def __call__(self, prompt: Prompt, obs: Observation, spec: LayerSpec) -> Array:
         del spec
@@ -123,7 +125,7 @@ class AccumulatedAttention:
 class KeyNorm:
     """Small keys matter: minus the L2 norm of each key (Knorm)."""
 
-    needs: ClassVar[Needs] = Needs()
+    needs = Needs()
 
     def __call__(self, prompt: Prompt, obs: Observation, spec: LayerSpec) -> Array:
         del obs, spec
@@ -138,8 +140,8 @@ class KeyNorm:
 class KeyDifference:
     """Keys unlike the others matter: minus the cosine between a key and the mean of all unit keys (KeyDiff)."""
 
-    needs: ClassVar[Needs] = Needs()
-    update: ClassVar[None] = None
+    needs = Needs()
+    update = None
 
     def __call__(self, prompt: Prompt, obs: Observation, spec: LayerSpec) -> Array:
         del obs, spec
@@ -170,7 +172,7 @@ class ExpectedAttention:
     covariance: bool = True
     value_norm: bool = True
     epsilon: float = 0.0
-    update: ClassVar[None] = None
+    update = None
 
     @property
     def needs(self) -> Needs:
@@ -200,8 +202,8 @@ class Chance:
     """Uniform noise: the floor of every table. The same for every row of a batch, new for every layer and head."""
 
     seed: int = 0
-    needs: ClassVar[Needs] = Needs()
-    update: ClassVar[None] = None
+    needs = Needs()
+    update = None
 
     def __call__(self, prompt: Prompt, obs: Observation, spec: LayerSpec) -> Array:
         del spec

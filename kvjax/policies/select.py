@@ -59,7 +59,7 @@ class TopChunks:
         length = scores.shape[-1]
         chunks = -(-length // self.size)
         held = scores.max(1) > -jnp.inf  # [B, S]
-        summed = jnp.where(held, scores, 0.0).sum(1)
+        summed = jnp.where(held[:, None], scores, 0.0).sum(1)
         pad = ((0, 0), (0, chunks * self.size - length))
         held, summed = (jnp.pad(x, pad).reshape(-1, chunks, self.size) for x in (held, summed))
         sizes = held.sum(-1)

@@ -9,7 +9,7 @@ from jax import Array, lax
 from kvjax.cache import EMPTY, LayerSpec, Slots, make_ring
 from kvjax.policies.budget import Allocate, Budget, Uniform, np_like, whole
 from kvjax.policies.observe import Needs, Observation, Prompt
-from kvjax.policies.score import Score
+from kvjax.policies.score import Score, Update
 from kvjax.policies.select import Select, TopTokens, rank
 from kvjax.policies.store import Store
 
@@ -55,6 +55,21 @@ class Stage(Protocol):
         """Fewest slots per layer and head with which the stage makes sense: its floor in every layer."""
         ...
 
+    @property
+    def by_position(self) -> bool:
+        """Whether slots belong to positions, so that the stage needs the prompt as it was, without gaps."""
+        ...
+
+    @property
+    def endless(self) -> bool:
+        """Whether positions are those inside the cache."""
+        ...
+
+    @property
+    def update(self) -> Update | None:
+        """How marks are kept up when a token is added; None if adding tokens evicts none by their marks."""
+        ...
+
     def slots(self, length: Any, layers: int) -> Any:
         """Slots of every layer for prompts of length [...]: [layers, ...] int32."""
         ...
@@ -63,7 +78,9 @@ class Stage(Protocol):
         """Fewer tokens: slots [B] per row in `capacity` places."""
         ...
 
-    def build(self, prompt: Prompt, obs: Observation, spec: LayerSpec, slots: Array, capacity: int, store: Store) -> Any:
+    def build(
+        self, prompt: Prompt, obs: Observation, spec: LayerSpec, slots: Array, capacity: int, store: Store
+    ) -> Any:
         """As the last stage: the layer's cache."""
         ...
 
@@ -95,13 +112,15 @@ class Evict:
     sinks: int = 0
     recent: int | float = 0
     floor: int = 1
+    by_position = False
+    endless = False
 
     def __post_init__(self):
         if self.phase.when == "step":
             if self.score.update is None:
                 raise ValueError(
-                    f"{type(self.score).__name__} can only be taken at the end of the prompt: it has no form that is kept up "
-                    'while decoding. Use phase="prompt".'
+                    f"{type(self.score).__name__} can only be taken at the end of the prompt: it has no form that is "
+                    'kept up while decoding. Use phase="prompt".'
                 )
             if not isinstance(self.select, TopTokens):
                 raise ValueError('Chunks are chosen once: a policy that keeps whole chunks needs phase="prompt".')
@@ -109,6 +128,10 @@ class Evict:
     @property
     def needs(self) -> Needs:
         return self.score.needs
+
+    @property
+    def update(self) -> Update | None:
+        return self.score.update if self.phase.when == "step" else None
 
     @property
     def least(self) -> int:
@@ -130,7 +153,9 @@ class Evict:
         _, kept = self._choose(prompt, obs, spec, slots, capacity)
         return prompt.take(*kept)
 
-    def build(self, prompt: Prompt, obs: Observation, spec: LayerSpec, slots: Array, capacity: int, store: Store) -> Any:
+    def build(
+        self, prompt: Prompt, obs: Observation, spec: LayerSpec, slots: Array, capacity: int, store: Store
+    ) -> Any:
         if self.phase.when == "prompt":
             return store.build(self.reduce(prompt, obs, spec, slots, capacity))
         scores, (index, valid) = self._choose(prompt, obs, spec, slots, capacity)
@@ -175,6 +200,12 @@ class Ring:
     shifted: bool = False
     phase = Phase("step")
     needs = Needs()
+    by_position = True
+    update = None  # The newest token overwrites the oldest: nothing to mark.
+
+    @property
+    def endless(self) -> bool:
+        return self.shifted
 
     @property
     def least(self) -> int:
@@ -189,7 +220,9 @@ class Ring:
     def reduce(self, prompt: Prompt, obs: Observation, spec: LayerSpec, slots: Array, capacity: int) -> Prompt:
         raise TypeError("A ring cannot be followed by another stage.")
 
-    def build(self, prompt: Prompt, obs: Observation, spec: LayerSpec, slots: Array, capacity: int, store: Store) -> Slots:
+    def build(
+        self, prompt: Prompt, obs: Observation, spec: LayerSpec, slots: Array, capacity: int, store: Store
+    ) -> Slots:
         codec = store.codec  # type: ignore[attr-defined]  Rings compose with slotwise stores alone.
         limit = None if self.budget.tokens is not None else slots
         pos = prompt.pos[:, 0]

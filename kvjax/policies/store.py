@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any, Protocol
 
-
 from kvjax.cache import Plain, Slots, make_grouped
 from kvjax.cache.codec import Codec
 from kvjax.cache.packing import codes_per_word
@@ -78,8 +77,6 @@ class Grouped:
     def check(self, config: Any) -> None:
         if config.head_dim % self.group or config.head_dim % codes_per_word(self.bits):
             raise ValueError(
-                f"Values are packed in groups of {self.group} channels, {codes_per_word(self.bits)} codes a word; this model's "
-                f"head_dim is {config.head_dim}. Choose a group that divides it."
+                f"Values are packed in groups of {self.group} channels, {codes_per_word(self.bits)} codes a word; this "
+                f"model's head_dim is {config.head_dim}. Choose a group that divides it."
             )
-
-

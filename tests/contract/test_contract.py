@@ -6,7 +6,6 @@ equals its paper is the oracles' business (`tests/methods`); whether it gains an
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +14,14 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import kvjax
-from kvjax.cache import EMPTY, GroupedSlots, Slots
+from kvjax.cache import EMPTY, GroupedSlots, Slots, Tokens
 from kvjax.cache.types import tree_nbytes
 from kvjax.checkpoints.orbax import load_cache, save_cache
 from kvjax.generation.extend import extend_hidden
 from kvjax.generation.prefill import _compress_layer, next_logits
 from kvjax.models.params import AXES
 from tests import tiny
-from tests.tiny import CONFIG, LENGTHS, QUESTION, QUESTION_LENGTHS, TOKENS, assert_trees_equal, kept, small
+from tests.tiny import CONFIG, LENGTHS, QUESTION, QUESTION_LENGTHS, TOKENS, assert_same_content, assert_trees_equal, kept, small
 
 COMPOSITIONS = {
     text.split("(")[0] + " | " + text.split("| ")[-1].split("(")[0] if "|" in text else text.split(",")[0] + ")": text
@@ -39,6 +38,7 @@ NAMES = [*kvjax.methods(), *COMPOSITIONS]
 BUDGETED = [name for name, method in kvjax.methods().items() if "budget" in method.parameters]
 EVERYTHING = 4096  # Tokens: more than there ever are.
 ROWS = len(LENGTHS)
+ONE_CODE = 2.0  # In other shapes a last bit may differ, and with it the code of a number that lies between two.
 EXACT = 2e-5  # Of float32 logits around 1: another order of the same sums.
 VALID = np.arange(QUESTION.shape[1]) < QUESTION_LENGTHS[:, None]
 
@@ -87,19 +87,15 @@ def test_the_typical_policies_compress(policy):
 @pytest.mark.parametrize("name", BUDGETED)
 def test_a_budget_of_everything_is_full_attention(name):
     policy, full = small(name, budget=EVERYTHING), kvjax.policy("full")
-    for found, want in zip(prefilled(policy)[:1] + extended(policy)[:1], prefilled(full)[:1] + extended(full)[:1]):
-        valid = VALID if found.ndim == 3 else slice(None)
-        np.testing.assert_allclose(np.asarray(found)[valid], np.asarray(want)[valid], atol=EXACT)
-    everything = [list(range(n + m)) for n, m in zip(LENGTHS, QUESTION_LENGTHS, strict=True)]
+    logits, cache = prefilled(policy)
+    np.testing.assert_array_equal(logits, prefilled(full)[0])
+    if policy.stages[-1].phase.when == "prompt":  # Then it is the full cache, and nothing more needs to be shown.
+        for layer, want in zip(tiny.full_layers(cache), tiny.full_layers(prefilled(full)[1]), strict=True):
+            assert_same_content(layer, want, atol=0)
+        return
+    np.testing.assert_allclose(extended(policy)[0][VALID], extended(full)[0][VALID], atol=EXACT)
     for row in range(ROWS):
-        assert all(head == everything[row] for layer in kept(extended(policy)[1], row) for head in layer)
-
-
-@pytest.mark.parametrize("name", BUDGETED)
-def test_a_ratio_of_one_keeps_the_whole_prompt(name):
-    cache = prefilled(small(name, budget=1.0))[1]
-    for row, length in enumerate(LENGTHS):
-        assert all(head == list(range(length)) for layer in kept(cache, row) for head in layer)
+        assert kept(extended(policy)[1], row) == kept(extended(full)[1], row)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if stored(policy_of(name)) and not policy_of(name).stages])
@@ -107,20 +103,18 @@ def test_stored_tokens_read_back(name):
     """Every token is there, and its key and value are close: exactly how close is tested where codecs are."""
     changes = {"bits": 8} if "bits" in kvjax.methods()[name].parameters else {}
     cache, full = prefilled(small(name, **changes))[1], prefilled(kvjax.policy("full"))[1]
-    for i in CONFIG.full_layers:
-        (pos, *found), (full_pos, *want) = tiny.read_back(cache.layers[i]), tiny.read_back(full.layers[i])
-        for row, length in enumerate(LENGTHS):
-            order = np.argsort(np.where(pos[row] == EMPTY, 10**6, pos[row]), -1, kind="stable")[:, :length]
-            np.testing.assert_array_equal(np.take_along_axis(pos[row], order, -1), full_pos[row, :, :length])
+    for layer, plain in zip(tiny.full_layers(cache), tiny.full_layers(full), strict=True):
+        for row in range(ROWS):
+            (pos, *found), (full_pos, *want) = tiny.content(layer, row), tiny.content(plain, row)
+            np.testing.assert_array_equal(pos, full_pos)
             for x, y in zip(found, want, strict=True):
-                x, y = np.take_along_axis(x[row], order[..., None], 1), y[row, :, :length]
                 assert np.abs(x - y).max() <= (0.01 if changes else 0.3) * np.ptp(y)
 
 
 @pytest.mark.parametrize("text", ["kivi(bits=8, group=16, residual=16)", "int8"])
 def test_eight_bits_come_near_full_attention(text):
     near, full = extended(kvjax.parse_policy(text))[0][VALID], extended(kvjax.policy("full"))[0][VALID]
-    assert 0 < np.abs(near - full).max() < 0.05
+    assert 0 < np.abs(near - full).max() < 0.1
 
 
 # --- 2. Budget -------------------------------------------------------------------------------------------------------
@@ -130,21 +124,25 @@ def test_eight_bits_come_near_full_attention(text):
 @pytest.mark.parametrize("name", BUDGETED)
 def test_never_more_slots_than_asked(name, budget):
     policy = small(name, budget=budget)
-    cache = prefilled(policy)[1]
-    allowed = np.minimum(np.floor(LENGTHS * budget + 1e-3) if isinstance(budget, float) else budget, LENGTHS)
     (stage,) = policy.stages
-    counts = np.stack([np.asarray((cache.layers[i].pos != EMPTY).sum(-1).max(-1)) for i in CONFIG.full_layers])
-    assert (counts.sum(0) <= allowed * len(counts)).all()  # On average over layers.
-    assert (counts >= np.minimum(stage.least, LENGTHS)).all()  # No layer below its floor.
-    assert (counts.sum(0) > 0.5 * allowed * len(counts)).all()  # And a budget is there to be spent.
-    slots = [cache.layers[i].pos.shape[-1] for i in CONFIG.full_layers]
-    assert sum(slots) <= max(allowed.max(), 14 if policy.acts_every_step else 0) * len(slots)
-    if stage.phase.when == "step":  # What acts at every step stays within its budget, in slots that are there, too.
-        _, after = extended(policy)
-        limit = np.maximum(allowed, budget if isinstance(budget, int) else 0)
+    tokens = LENGTHS * budget if isinstance(budget, float) else np.minimum(budget, LENGTHS)
+
+    def counts(cache):
+        """Slots in use of every layer and row, the most of its heads."""
+        return np.stack([np.asarray((cache.layers[i].pos != EMPTY).sum(-1).max(-1)) for i in CONFIG.full_layers])
+
+    cache = prefilled(policy)[1]
+    found, layers = counts(cache), len(CONFIG.full_layers)
+    assert (found.sum(0) <= np.floor(tokens * layers + 1e-3)).all()  # Over all layers that are compressed.
+    assert (found >= np.minimum(stage.least, LENGTHS)).all()  # No layer below its floor.
+    assert (found.sum(0) > 0.5 * tokens * layers).all()  # And a budget is there to be spent.
+    for number, i in enumerate(CONFIG.full_layers):  # No slot that no row uses.
+        assert cache.layers[i].pos.shape[-1] - found[number].max() < tiny.SMALL["chunk"]
+    if stage.phase.when == "step":  # What goes on acting stays within its budget.
+        after = extended(policy)[1]
+        assert (counts(after) <= np.maximum(tokens, budget)).all()
         for i in CONFIG.full_layers:
-            assert ((after.layers[i].pos != EMPTY).sum(-1) <= limit[:, None]).all()
-            assert after.layers[i].pos.shape[-1] <= limit.max() + 1  # The new token, until the worst one has left.
+            assert after.layers[i].pos.shape[-1] <= max(tokens.max(), budget) + 1  # The newest, until one has left.
 
 
 @pytest.mark.parametrize("name", BUDGETED)
@@ -155,7 +153,9 @@ def test_never_more_bytes_than_asked(name):
     slot = 2 * 2 * 16 * 4 + 4 * 3  # One more token in one layer: keys and values of two heads, and its bookkeeping.
     chunk = tiny.SMALL["chunk"] if name == "chunkkv" else 1
     assert budget.bytes - len(CONFIG.full_layers) * (slot * chunk + 8) < cache.nbytes <= budget.bytes
-    assert cache.policy.stages[-1].budget.tokens is not None
+    tokens = cache.policy.stages[-1].budget.tokens
+    assert tokens is not None
+    assert sum(cache.layers[i].pos.shape[-1] for i in CONFIG.full_layers) <= tokens * len(CONFIG.full_layers)
 
 
 def test_bytes_are_what_the_arrays_hold(policy):
@@ -185,7 +185,10 @@ def test_fused_prefill_is_observe_then_compress(policy):
     np.testing.assert_array_equal(next_logits(tiny.params(), observed), logits)
 
 
-def test_jit_changes_nothing(policy):
+@pytest.mark.parametrize("name", ["full", "h2o", "streaming_llm", "snapkv | kivi"])  # One of each layout: it takes long.
+def test_jit_changes_nothing(name):
+    policy = policy_of(name)
+
     def run(tokens, lengths):
         return kvjax.prefill(tiny.params(), CONFIG, policy, tokens, lengths)
 
@@ -193,10 +196,8 @@ def test_jit_changes_nothing(policy):
     assert jax.tree.structure(found) == jax.tree.structure(want)
     for row in range(ROWS):
         assert kept(found, row) == kept(want, row)
-    if not stored(policy):  # Codes may round the other way for a last bit.
-        for i in CONFIG.full_layers:
-            for x, y in zip(tiny.read_back(found.layers[i]), tiny.read_back(want.layers[i]), strict=True):
-                np.testing.assert_allclose(x, y, atol=EXACT)
+    for layer, other in zip(tiny.full_layers(found), tiny.full_layers(want), strict=True):
+        assert_same_content(layer, other, atol=ONE_CODE if stored(policy) else EXACT)
 
 
 def test_equal_policies_are_equal_and_compile_once(policy):
@@ -242,66 +243,68 @@ def test_rows_do_not_see_neighbours_order_or_padding(policy):
 
 def test_a_row_alone_without_padding(policy):
     row = 1
-    cache = kvjax.prefill(tiny.params(), CONFIG, policy, TOKENS[row : row + 1, : LENGTHS[row]])
-    logits, _ = ask(policy, cache, QUESTION[row : row + 1], QUESTION_LENGTHS[row : row + 1])
-    assert_row(policy, cache, logits, 0, row)
+    tokens = TOKENS[row : row + 1, : LENGTHS[row]]
+    logits, cache = kvjax.prefill_logits(tiny.params(), CONFIG, policy, tokens)
+    want_logits, want = prefilled(policy)
+    assert kept(cache, 0) == kept(want, row)
+    np.testing.assert_allclose(logits[0], want_logits[row], atol=EXACT)
+    for layer, other in zip(tiny.full_layers(cache), tiny.full_layers(want), strict=True):
+        assert_same_content(layer, other, ONE_CODE if stored(policy) else EXACT, rows=[(0, row)])
 
 
-@pytest.mark.parametrize("name", ["full", "window", "streaming_llm", "streaming_llm | int4"])
-def test_chunks_of_a_prompt(name):
-    """Where nothing is scored, a prompt may come in pieces of any size."""
-    policy = kvjax.parse_policy("streaming_llm(14) | int8") if "|" in name else small(name, **({} if name == "full" else {"budget": 14}))
-    whole = kvjax.prefill(tiny.params(), CONFIG, policy, TOKENS, LENGTHS)
-    head = np.minimum(LENGTHS, 20)
-    tail = np.zeros((ROWS, 28), np.int32)
-    for row, length in enumerate(LENGTHS):
-        tail[row, : length - head[row]] = TOKENS[row, head[row] : length]
-    cache = kvjax.prefill(tiny.params(), CONFIG, policy, TOKENS[:, :20], head)
-    _, cache = ask(policy, cache, tail, LENGTHS - head)
-    np.testing.assert_array_equal(cache.seen, whole.seen)
+def test_chunks_of_a_prompt():
+    """Where nothing is forgotten, a prompt may come in pieces."""
+    full = kvjax.policy("full")
+    head = np.minimum(LENGTHS, 45)
+    cache = kvjax.prefill(tiny.params(), CONFIG, full, TOKENS[:, :45], head)
+    tail = np.pad(TOKENS[:, 45:], ((0, 0), (0, 3)))
+    _, cache = ask(full, cache, tail, LENGTHS - head)
     for row in range(ROWS):
-        assert kept(cache, row) == kept(whole, row)
-    # Quantized keys enter the later layers' inputs in the second half.
-    atol = 0.1 if stored(policy) else EXACT
-    np.testing.assert_allclose(ask(policy, cache)[0][VALID], ask(policy, whole)[0][VALID], atol=atol)
+        assert kept(cache, row) == kept(prefilled(full)[1], row)
+    np.testing.assert_allclose(ask(full, cache)[0][VALID], extended(full)[0][VALID], atol=EXACT)
 
 
 def test_token_by_token_is_the_block(policy):
     logits, cache = extended(policy)
-    step = prefilled(policy)[1].reserve(64)
+    step = prefilled(policy)[1]
     for t in range(QUESTION.shape[1]):
-        found, step = ask(policy, step, QUESTION[:, t : t + 1], VALID[:, t].astype(np.int32))
-        # A block attends to its own tokens before they are rounded, single steps read them from the store.
-        atol = 0.3 if stored(policy) else EXACT
-        np.testing.assert_allclose(found[VALID[:, t], 0], logits[VALID[:, t], t], atol=atol)
+        shifted = np.roll(QUESTION, -t, axis=1)  # One token at a time, in the shape that is compiled already.
+        found, step = ask(policy, step, shifted, VALID[:, t].astype(np.int32))
+        if not stored(policy):  # A block attends to its own tokens before they are rounded.
+            np.testing.assert_allclose(found[VALID[:, t], 0], logits[VALID[:, t], t], atol=EXACT)
     np.testing.assert_array_equal(step.seen, cache.seen)
-    if not stored(policy):
-        for row in range(ROWS):
-            assert kept(step, row) == kept(cache, row)
+    for row in range(ROWS):
+        assert kept(step, row) == kept(cache, row)
+    # What the first layer stores depends on the tokens alone.
+    assert_same_content(step.layers[0], cache.layers[0], atol=EXACT)
 
 
 # --- Slots -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_does_not_fit_is_dropped(policy):
-    """Inside `jit` nobody can add room: the slots that are there stay as they are, and nothing is clamped into them."""
-    cache = prefilled(policy)[1]
-    room = [None if layer.room is None else int(np.asarray(layer.room).max()) for layer in cache.layers]
-    tight = np.tile(QUESTION, (1, 1 + max([r or 0 for r in room]) // QUESTION.shape[1]))
-    _, after = extend_hidden(tiny.params(), CONFIG, policy, cache, tight, np.ones_like(tight, bool))
-    for i, limit in enumerate(room):
-        if limit is None or policy.acts_every_step:
-            continue  # Old tokens make way there.
-        before, now = tiny.read_back(cache.layers[i]), tiny.read_back(after.layers[i])
-        held = before[0] != EMPTY
+def test_what_does_not_fit_is_dropped(policy, rng):
+    """Nobody can add room inside `jit`: what is there stays as it is, and nothing is clamped into the last slot."""
+    layer = prefilled(policy)[1].layers[0]
+    if layer.room is None or policy.acts_every_step:
+        pytest.skip("Old tokens make way.")
+    room = np.asarray(layer.room)
+    length = int(room.max()) + 3
+
+    def draw(heads):
+        return jnp.asarray(rng.normal(size=(ROWS, heads, length, CONFIG.head_dim)), jnp.float32)
+
+    pos = jnp.asarray(LENGTHS[:, None] + np.arange(length), jnp.int32)
+    new = Tokens(q=draw(4), k=draw(2), v=draw(2), q_raw=draw(4), k_raw=draw(2), pos=pos)
+    after = jax.jit(lambda layer, new: layer.append(new))(layer, new)
+    assert (np.asarray(after.room) == 0).all()
+    for row in range(ROWS):
+        old, now = (np.asarray(x.pos)[row] for x in (layer, after))
+        added = [*range(LENGTHS[row], LENGTHS[row] + room[row])]
+        assert [sorted(head[head != EMPTY]) for head in now] == [sorted([*head[head != EMPTY], *added]) for head in old]
+    if not isinstance(layer, GroupedSlots):  # (There, tokens are packed as they leave the residual.)
+        before, now = tiny.read_back(layer), tiny.read_back(after)
         for x, y in zip(before, now, strict=True):
-            if hasattr(cache.layers[i], "residual"):
-                # What leaves the residual is packed, so only positions are the same.
-                x, y = np.sort(before[0][held]), np.sort(now[0][now[0] < cache.seen[:, None, None]])
-                y = y[y != EMPTY]
-                np.testing.assert_array_equal(x, y)
-            else:
-                np.testing.assert_array_equal(x[held], y[held])
+            np.testing.assert_array_equal(x[before[0] != EMPTY], y[before[0] != EMPTY])
 
 
 def test_room_is_added_outside_jit(policy):
@@ -320,7 +323,8 @@ def fill(tree, empty, value):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf
         mask = empty.reshape(empty.shape + (1,) * (leaf.ndim - 3))
-        return jnp.where(mask, jnp.asarray(value, leaf.dtype), leaf)
+        most = np.minimum(value, float(jnp.finfo(leaf.dtype).max))  # NaN stays NaN.
+        return jnp.where(mask, jnp.asarray(most, leaf.dtype), leaf)
 
     return jax.tree.map(one, tree)
 
@@ -390,24 +394,24 @@ def spread_params(mesh: Mesh):
     return jax.tree_util.tree_map_with_path(place, tiny.params())
 
 
-def test_sharded_over_batch_and_heads(policy):
-    mesh = jax.make_mesh((4, 2), ("batch", "heads"), axis_types=(AxisType.Auto,) * 2)
-    cache = spread(prefilled(policy)[1].reserve(64), mesh, batch=0, heads=1)
-    assert len(cache.seen.sharding.device_set) == 8
+def decoding(policy: kvjax.Policy):
+    """What of a policy matters once the prompt is compressed: policies that agree here decode alike."""
+    stage = policy.stages[-1] if policy.stages else None
+    return policy.store, stage if stage is not None and stage.phase.when == "step" else None
+
+
+DECODED = list({decoding(policy_of(name)): name for name in reversed(NAMES)}.values())
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_sharded(name):
+    """Over batch, heads and the sequence at once; XLA's partitioner does the rest."""
+    policy = policy_of(name)
+    axes = ("batch", "heads", "slots")
+    mesh = jax.make_mesh((2, 2, 2), axes, axis_types=(AxisType.Auto,) * 3)
+    cache = spread(prefilled(policy)[1].reserve(64), mesh, batch=0, heads=1, slots=2)
+    assert max(len(leaf.sharding.device_set) for leaf in jax.tree.leaves(cache)) == 8
     logits, after = kvjax.extend(spread_params(mesh), CONFIG, policy, cache, QUESTION, QUESTION_LENGTHS)
-    assert_sharded_result(policy, logits, after)
-
-
-def test_sharded_over_the_sequence(policy):
-    mesh = jax.make_mesh((8,), ("slots",), axis_types=(AxisType.Auto,))
-    cache = prefilled(policy)[1].reserve(64)
-    slots = cache.layers[0].pos.shape[-1]
-    cache = spread(cache, jax.make_mesh((math.gcd(8, slots),), ("slots",), axis_types=(AxisType.Auto,)), slots=2)
-    logits, after = kvjax.extend(tiny.params(), CONFIG, policy, cache, QUESTION, QUESTION_LENGTHS)
-    assert_sharded_result(policy, logits, after)
-
-
-def assert_sharded_result(policy, logits, after):
     want, want_after = extended(policy)
     np.testing.assert_allclose(np.asarray(logits)[VALID], want[VALID], atol=50 * EXACT if stored(policy) else EXACT)
     for row in range(ROWS):

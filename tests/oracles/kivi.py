@@ -33,7 +33,7 @@ def quantize(x: np.ndarray, bits: int, group: int, axis: int, stats_dtype: np.dt
     x = np.moveaxis(np.asarray(x, np.float64), axis, -1)
     if x.shape[-1] % group:
         raise ValueError(f"{x.shape[-1]} values cannot be cut into groups of {group}")
-    groups = x.reshape(*x.shape[:-1], -1, group)
+    groups = x.reshape(*x.shape[:-1], x.shape[-1] // group, group)  # Not -1: there may be none.
     zero = groups.min(axis=-1).astype(stats_dtype).astype(np.float64)
     scale = ((groups.max(axis=-1) - groups.min(axis=-1)) / (2**bits - 1)).astype(stats_dtype).astype(np.float64)
     divisor = np.where(scale > 0, scale, 1.0)[..., None]

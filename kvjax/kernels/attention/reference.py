@@ -1,10 +1,10 @@
 """Exact attention in plain jnp: what the kernels must equal, and what runs where there is no kernel.
 
-Products accumulate in float32 and the softmax is float32 whatever the storage. Query heads of one KV head are folded into
-the row axis ([B, H, G * T, D]): one matrix product per KV head, which on CPUs is five times faster than a broadcast one.
+Products accumulate in float32 and the softmax is float32 whatever the storage. Query heads of one KV head are folded
+into the row axis ([B, H, G * T, D]): one matrix product per KV head, which on CPUs is five times faster than a
+broadcast one.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -129,7 +129,8 @@ def causal_attention(
             end = last * block
 
             def prefix(sums, xs, end=end):
-                out, col = run(*xs, k[:, :, :end], v[:, :, :end], pos[:, :end])
+                q, q_pos = xs
+                out, col = run(q, q_pos, k[:, :, :end], v[:, :, :end], pos[:, :end])
                 return (sums if col is None else sums.at[..., :end].add(col)), out
 
             sums, out = lax.scan(prefix, sums, (q[first:last], q_pos[first:last]))

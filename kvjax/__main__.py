@@ -1,0 +1,5 @@
+"""`python -m kvjax`: the same as the command `kvjax`."""
+
+from kvjax.cli import main
+
+main()

@@ -1,0 +1,71 @@
+"""Packing and rounding, for any shape, axis and width."""
+
+import hypothesis.strategies as st
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis.extra import numpy as hnp
+
+from kvjax.cache.packing import codes_per_word, expand, pack, round_to_nearest, unpack
+
+# Shapes are few, so that little is compiled; numbers are many.
+SHAPES = [(32,), (3, 16), (32, 5), (2, 16, 3)]
+FLOATS = st.floats(-1e3, 1e3, width=32)
+
+
+def axes(shape, multiple):
+    return [axis for axis in range(-len(shape), len(shape)) if shape[axis] % multiple == 0]
+
+
+@given(st.data(), st.sampled_from([2, 4, 8]), st.sampled_from(SHAPES))
+@settings(max_examples=60)
+def test_unpack_undoes_pack(data, bits, shape):
+    axis = data.draw(st.sampled_from(axes(shape, 32 // bits)))
+    codes = data.draw(hnp.arrays(np.uint8, shape, elements=st.integers(0, 2**bits - 1)))
+    words = pack(jnp.asarray(codes), bits, axis)
+    assert words.dtype == jnp.int32 and words.size * 32 == codes.size * bits
+    np.testing.assert_array_equal(unpack(words, bits, axis), codes)
+    # Low bits first: code j of a word is at bit j * bits (KIVI's order).
+    first = np.moveaxis(np.asarray(words), axis, 0)[0].astype(np.int64) & 0xFFFFFFFF
+    want = np.moveaxis(codes, axis, 0)[: 32 // bits].astype(np.int64)
+    np.testing.assert_array_equal(first, sum(code << (bits * j) for j, code in enumerate(want)))
+
+
+@given(st.data(), st.sampled_from([2, 4, 8]), st.sampled_from(SHAPES), st.sampled_from([jnp.float32, jnp.float16]))
+@settings(max_examples=60)
+def test_rounding_errs_by_half_a_step(data, bits, shape, dtype):
+    group = data.draw(st.sampled_from([4, 8, 16]))
+    options = axes(shape, group)
+    axis = data.draw(st.sampled_from(options))
+    x = data.draw(hnp.arrays(np.float32, shape, elements=FLOATS))
+    codes, scale, zero = round_to_nearest(jnp.asarray(x), bits, group, axis, dtype)
+    assert codes.shape == shape and codes.dtype == jnp.uint8 and int(codes.max()) < 2**bits
+    assert scale.dtype == zero.dtype == dtype and scale.shape[axis] == shape[axis] // group
+    wide = [np.asarray(expand(y.astype(jnp.float32), group, axis)) for y in (scale, zero)]
+    error = np.abs(np.asarray(codes) * wide[0] + wide[1] - x)
+    # float16 numbers are off by 2^-11 of their size themselves; tiny scales may even vanish in it.
+    slack = 1e-5 * np.abs(x).max() if dtype == jnp.float32 else 2.0**-10 * np.abs(x).max() + 2.0**-13 * 2**bits
+    assert (error <= wide[0] / 2 + slack).all()
+
+
+@given(FLOATS, st.sampled_from([2, 4, 8]))
+@settings(max_examples=30)
+def test_a_constant_group_is_exact(value, bits):
+    codes, scale, zero = round_to_nearest(jnp.full((4, 8), value, jnp.float32), bits, 8, -1, jnp.float32)
+    assert (codes == 0).all() and (scale == 0).all() and (zero == np.float32(value)).all()
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1, -2, -3])
+def test_expand_repeats(axis):
+    x = np.arange(24.0).reshape(2, 3, 4)
+    np.testing.assert_array_equal(expand(jnp.asarray(x), 5, axis), np.repeat(x, 5, axis))
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="bits must be 2, 4 or 8, got 3"):
+        codes_per_word(3)
+    with pytest.raises(ValueError, match="15 codes, not a multiple of 8"):
+        pack(jnp.zeros((2, 15), jnp.uint8), 4)
+    with pytest.raises(ValueError, match="10 entries, not a multiple of the group of 4"):
+        round_to_nearest(jnp.zeros((3, 10)), 4, 4, -1)
