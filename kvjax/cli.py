@@ -420,8 +420,7 @@ def bench(
     `kvjax bench --policies "snapkv(256); snapkv(256) | kivi" --contexts 2048,8192 --batch 8`
     """
     with user_errors():
-        from kvjax.evaluation import bench as measure
-        from kvjax.evaluation import bench_table, parse_policies
+        from kvjax.evaluation import bench as measure, bench_table, parse_policies
 
         chosen = parse_policies(policies)
         try:

@@ -107,10 +107,10 @@ class Model:
             raise ValueError("The prompt is empty: give at least one token.")
         return self.tokenizer.encode(text, add_bos=start)
 
-    def prefill(self, prompt: Prompt, policy: Policy | str | None = None) -> Cache:
+    def prefill(self, prompt: Prompt, policy: Policy | str | None = None, *, chunk: int | None = None) -> Cache:
         """The compressed cache of a prompt (or of a batch of them). See `kvjax.prefill`."""
         tokens, lengths = self.encode(prompt)
-        return prefill(self.params, self.config, as_policy(policy), tokens, lengths)
+        return prefill(self.params, self.config, as_policy(policy), tokens, lengths, chunk)
 
     def observe(self, prompt: Prompt, needs: Needs = Needs()) -> Observed:  # noqa: B008
         """Everything that policies can ask of a prompt: one prefill for many of them. See `kvjax.observe`."""

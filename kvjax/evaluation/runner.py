@@ -21,7 +21,7 @@ from jax import Array
 from kvjax.cache import EMPTY, Cache
 from kvjax.cache.types import tree_nbytes
 from kvjax.evaluation.results import Row, config_hash, versions, write_rows
-from kvjax.evaluation.score import divergence, feed, follow, likelihood, padded
+from kvjax.evaluation.score import divergence, feed, follow, likelihood, padded, predictions
 from kvjax.evaluation.speed import greedy
 from kvjax.evaluation.tasks import Ids, Sample, Task
 from kvjax.generation import observe
@@ -42,7 +42,8 @@ class Settings:
       policies: The full cache comes first: it is what the others are measured against.
       protocol: "aware": the question is part of the compressed prompt, only its last token comes after. "agnostic": the context
         is compressed first, the question comes after. Perplexity is agnostic always.
-      tokens: Length of the full cache's greedy continuation, along which predictions are compared.
+      tokens: Length of the full cache's greedy continuation, along which predictions are compared. Its predictions are kept
+        while a sample is asked: tokens * vocab_size * 4 bytes.
       speed: Whether decoding is timed.
     """
 
@@ -237,15 +238,14 @@ def _observe(model: Model, prompt: Ids, policies: Sequence[Policy]) -> Observed:
 
 def _ask(model: Model, observed: Observed, case: Case, settings: Settings) -> Iterator[Row]:
     """One row per policy: the full cache's first, whose continuation the others are led along."""
-    continuation: list[int] = []
-    reference = np.zeros(())
+    continuation, reference = [], jnp.zeros(())
     for policy in settings.policies:
         tight = plan(policy, model.config, len(case.prompt), _dtype(model))
         cache = _ready(_wide(tight, observed), observed, case.room)
         if not continuation:
             ids, _ = greedy(model, *_question(model, cache, case), case.tokens)
             continuation = np.asarray(ids)[0].tolist()
-            reference = follow(model, cache, case.question, continuation)
+            reference = predictions(model, follow(model, cache, case.question, continuation))
         answers = [
             likelihood(model, follow(model, cache, case.question, answer), answer) for answer in case.sample.answers
         ]

@@ -69,9 +69,15 @@ def _likelihoods(params: Params, config: Config, x: Array, targets: Array) -> tu
 
 
 @functools.partial(jax.jit, static_argnames="config")
+def _log_probs(params: Params, config: Config, x: Array) -> Array:
+    return lax.map(lambda x: jax.nn.log_softmax(unembed(params, config, x), -1), x)
+
+
+@functools.partial(jax.jit, static_argnames="config")
 def _divergences(params: Params, config: Config, x: Array, reference: Array) -> tuple[Array, Array]:
     def rows(args: tuple[Array, Array]) -> tuple[Array, Array]:
-        log_q, log_p = (jax.nn.log_softmax(unembed(params, config, x), -1) for x in args)
+        x, log_p = args
+        log_q = jax.nn.log_softmax(unembed(params, config, x), -1)
         kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
         return kl, jnp.argmax(log_q, -1) == jnp.argmax(log_p, -1)
 
@@ -107,13 +113,18 @@ def likelihood(model: Model, x: np.ndarray, answer: Sequence[int]) -> Likelihood
     return Likelihood(float(log_p.sum()), number, bool(np.asarray(best).ravel()[:number].all()))
 
 
-def divergence(model: Model, x: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    """How predictions from hidden states x [N, hidden] differ from those from the reference's [N, hidden].
+def predictions(model: Model, x: np.ndarray) -> Array:
+    """Log-probabilities [N / ROWS, ROWS, vocab] float32 after hidden states x [N, hidden], as `divergence` wants them."""
+    return _log_probs(model.params, model.config, _in_rows(x))
+
+
+def divergence(model: Model, x: np.ndarray, reference: Array) -> tuple[float, float]:
+    """How predictions from hidden states x [N, hidden] differ from the reference's `predictions`.
 
     Returns:
       Mean KL(reference || x) in nats per token, and the share of tokens where the likeliest is the same.
     """
-    kl, same = _divergences(model.params, model.config, _in_rows(x), _in_rows(reference))
+    kl, same = _divergences(model.params, model.config, _in_rows(x), reference)
     number = len(x)
     kl, same = (np.asarray(value, np.float64).ravel()[:number].mean() for value in (kl, same))
     return float(kl), float(same)

@@ -6,6 +6,7 @@ values, so that one prefill can feed many policies; `prefill` compresses each la
 same cache.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -17,34 +18,75 @@ from jax import Array
 from jax.core import Tracer
 
 from kvjax.cache import Cache, LayerSpec, Tokens, make_ring
-from kvjax.kernels.attention import causal_attention
+from kvjax.kernels.attention import BLOCK, causal_attention
 from kvjax.models.config import Config
 from kvjax.models.params import layer_params
-from kvjax.models.transformer import Params, embed, layer_spec, positions, run_layer, unembed
-from kvjax.policies.observe import Needs
-from kvjax.policies.observe import observe as observe_attention
+from kvjax.models.transformer import MLP_ROWS, Params, embed, layer_spec, positions, run_layer, unembed
+from kvjax.policies.observe import Needs, observe as observe_attention
 from kvjax.policies.plan import Observed, Plan, compress_layer, plan
 from kvjax.policies.policy import Policy
 
 
-@functools.partial(jax.jit, static_argnames=("config", "spec", "needs"))
-def _full_layer(weights: Params, x: Array, pos: Array, layer: Array, *, config: Config, spec: LayerSpec, needs: Needs):
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """How much of a prompt is worked on at once: bounds memory, changes no result.
+
+    Attributes:
+      queries: That attend at once. rows: Tokens that pass an MLP at once.
+    """
+
+    queries: int = BLOCK
+    rows: int = MLP_ROWS
+
+    @classmethod
+    def of(cls, tokens: int | None) -> "Chunk":
+        """Both the same number of tokens; None for the defaults.
+
+        Raises:
+          ValueError: It is not positive.
+        """
+        if tokens is not None and tokens < 1:
+            raise ValueError(f"chunk must be positive, got {tokens}.")
+        return cls() if tokens is None else cls(min(tokens, BLOCK), tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "spec", "needs", "chunk"))
+def _full_layer(
+    weights: Params,
+    x: Array,
+    pos: Array,
+    layer: Array,
+    *,
+    config: Config,
+    spec: LayerSpec,
+    needs: Needs,
+    chunk: Chunk,
+):
     def attend(spec: LayerSpec, state: None, new: Tokens):
-        out, prompt, obs = observe_attention(spec, new, needs, layer)
+        out, prompt, obs = observe_attention(spec, new, needs, layer, chunk.queries)
         return out, (prompt, obs)
 
-    return run_layer(weights, config, spec, x, pos, None, attend)
+    return run_layer(weights, config, spec, x, pos, None, attend, chunk.rows)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "spec", "length"))
-def _sliding_layer(weights: Params, x: Array, pos: Array, *, config: Config, spec: LayerSpec, length: int):
+@functools.partial(jax.jit, static_argnames=("config", "spec", "length", "chunk"))
+def _sliding_layer(
+    weights: Params, x: Array, pos: Array, *, config: Config, spec: LayerSpec, length: int, chunk: Chunk
+):
     def attend(spec: LayerSpec, state: None, new: Tokens):
         out, _ = causal_attention(
-            new.q, new.k, new.v, new.pos, scale=spec.scale, window=spec.window, softcap=spec.softcap
+            new.q,
+            new.k,
+            new.v,
+            new.pos,
+            scale=spec.scale,
+            window=spec.window,
+            softcap=spec.softcap,
+            block=chunk.queries,
         )
         return out, make_ring(new.k[:, :, :length], new.v[:, :, :length], new.pos[:, :length], spec.window)
 
-    return run_layer(weights, config, spec, x, pos, None, attend)
+    return run_layer(weights, config, spec, x, pos, None, attend, chunk.rows)
 
 
 _embed = jax.jit(embed, static_argnames="config")
@@ -58,6 +100,7 @@ def _run(
     tokens: Array,
     lengths: Array | None,
     needs: Needs,
+    chunk: Chunk,
     keep: Callable[[int, LayerSpec, Any], Any],
 ) -> tuple[Array, tuple[Any, ...]]:
     """All layers, one after another.
@@ -75,14 +118,14 @@ def _run(
     for i, weights in enumerate(layer_params(params, config)):
         spec = layer_spec(config, i)
         if config.layer_types[i] == "full":
-            x, state = _full_layer(weights, x, pos, jnp.int32(i), config=config, spec=spec, needs=needs)
+            x, state = _full_layer(weights, x, pos, jnp.int32(i), config=config, spec=spec, needs=needs, chunk=chunk)
             state = keep(i, spec, state)
             if isinstance(x, Tracer):  # Eager calls run in order by themselves; a compiler has to be told.
                 x, state = jax.lax.optimization_barrier((x, state))
         else:
             # A prompt longer than the window fills the ring whatever its length: one compilation serves all.
             length = tokens.shape[1] if longest >= config.sliding_window else longest
-            x, state = _sliding_layer(weights, x, pos, config=config, spec=spec, length=length)
+            x, state = _sliding_layer(weights, x, pos, config=config, spec=spec, length=length, chunk=chunk)
         states.append(state)
     return x, tuple(states)
 
@@ -104,14 +147,16 @@ def observe(
     tokens: Array,
     lengths: Array | None = None,
     needs: Needs = Needs(),  # noqa: B008
+    chunk: int | None = None,
 ) -> Observed:
     """Runs a batch of prompts and keeps everything, for `policies.compress`.
 
     Args:
       tokens: Ids [B, T] int32, right-padded. lengths: Tokens of each row [B]; default: all.
       needs: Statistics that the policies will ask for (`policy.needs`, joined by `|`).
+      chunk: As in `prefill`.
     """
-    x, layers = _run(params, config, tokens, lengths, needs, lambda layer, spec, observed: observed)
+    x, layers = _run(params, config, tokens, lengths, needs, Chunk.of(chunk), lambda layer, spec, observed: observed)
     rows = _lengths(tokens, lengths)
     return Observed(layers=layers, lengths=rows, last=_last(x, rows), config=config, needs=needs)
 
@@ -122,7 +167,12 @@ def next_logits(params: Params, observed: Observed) -> Array:
 
 
 def prefill_logits(
-    params: Params, config: Config, policy: Policy, tokens: Array, lengths: Array | None = None
+    params: Params,
+    config: Config,
+    policy: Policy,
+    tokens: Array,
+    lengths: Array | None = None,
+    chunk: int | None = None,
 ) -> tuple[Array, Cache]:
     """`prefill`, and the logits of the token after each prompt [B, vocab] float32."""
     rows = _lengths(tokens, lengths)
@@ -134,12 +184,19 @@ def prefill_logits(
         i = number[layer]
         return _compress_layer(planned.policy, spec, planned.length, planned.capacities[i], observed, slots[i])
 
-    x, layers = _run(params, config, tokens, lengths, policy.needs, keep)
+    x, layers = _run(params, config, tokens, lengths, policy.needs, Chunk.of(chunk), keep)
     cache = Cache(layers=layers, seen=rows, config=config, policy=planned.policy)
     return _unembed(params, config, _last(x, rows)), cache
 
 
-def prefill(params: Params, config: Config, policy: Policy, tokens: Array, lengths: Array | None = None) -> Cache:
+def prefill(
+    params: Params,
+    config: Config,
+    policy: Policy,
+    tokens: Array,
+    lengths: Array | None = None,
+    chunk: int | None = None,
+) -> Cache:
     """The compressed cache of a batch of prompts.
 
     Args:
@@ -148,6 +205,8 @@ def prefill(params: Params, config: Config, policy: Policy, tokens: Array, lengt
       tokens: Ids [B, T] int32, right-padded.
       lengths: Tokens of each row [B] int32; default: all. Under `jit` the longest row counts as T for what is
         allocated.
+      chunk: Tokens of the prompt that are worked on at once inside a layer (default: 256 queries, 4,096 rows of an MLP).
+        Smaller needs less memory; the result is the same.
 
     Returns:
       A cache without room to spare; `Cache.reserve` adds it (`extend` and `generate` do by themselves).
@@ -155,4 +214,4 @@ def prefill(params: Params, config: Config, policy: Policy, tokens: Array, lengt
     Raises:
       PolicyError: The model or the prompt cannot be served; known before anything is computed.
     """
-    return prefill_logits(params, config, policy, tokens, lengths)[1]
+    return prefill_logits(params, config, policy, tokens, lengths, chunk)[1]

@@ -79,23 +79,32 @@ def project(weights: Params, config: Config, spec: LayerSpec, x: Array, pos: Arr
     return Tokens(q=apply_rope(q, cos, sin), k=apply_rope(k, cos, sin), v=v, q_raw=q, k_raw=k, pos=pos)
 
 
-def mlp(weights: Params, config: Config, x: Array) -> Array:
-    """Gated MLP of x [B, T, hidden], in pieces of `MLP_ROWS` tokens."""
+def mlp(weights: Params, config: Config, x: Array, rows: int = MLP_ROWS) -> Array:
+    """Gated MLP of x [B, T, hidden], in pieces of at most `rows` tokens."""
 
-    def rows(x):
+    def piece(x: Array) -> Array:
         gate = ACTIVATIONS[config.activation](x @ weights["gate_proj"])
         return (gate * (x @ weights["up_proj"])) @ weights["down_proj"]
 
     batch, length, hidden = x.shape
-    pieces = -(-batch * length // MLP_ROWS)
-    if pieces == 1 or length % pieces:
-        return rows(x)
-    split = jnp.swapaxes(x.reshape(batch, pieces, length // pieces, hidden), 0, 1)
-    return jnp.swapaxes(lax.map(rows, split), 0, 1).reshape(x.shape)
+    pieces = -(-batch * length // rows)
+    if pieces == 1:
+        return piece(x)
+    size = -(-length // pieces)
+    x = jnp.pad(x, ((0, 0), (0, pieces * size - length), (0, 0)))
+    out = lax.map(piece, jnp.swapaxes(x.reshape(batch, pieces, size, hidden), 0, 1))
+    return jnp.swapaxes(out, 0, 1).reshape(x.shape)[:, :length]
 
 
 def run_layer(
-    weights: Params, config: Config, spec: LayerSpec, x: Array, pos: Array, state: Any, attend: Attend
+    weights: Params,
+    config: Config,
+    spec: LayerSpec,
+    x: Array,
+    pos: Array,
+    state: Any,
+    attend: Attend,
+    rows: int = MLP_ROWS,
 ) -> tuple[Array, Any]:
     """One transformer layer: x [B, T, hidden] -> the same, and the layer's new state."""
     with jax.named_scope("attention"):
@@ -104,7 +113,7 @@ def run_layer(
         out = jnp.swapaxes(out, 1, 2).reshape(*x.shape[:2], -1).astype(x.dtype) @ weights["o_proj"]
         x = x + (rms_norm(out, weights["post_attn_norm"], config) if config.post_norms else out)
     with jax.named_scope("mlp"):
-        out = mlp(weights, config, rms_norm(x, weights["mlp_norm"], config))
+        out = mlp(weights, config, rms_norm(x, weights["mlp_norm"], config), rows)
         x = x + (rms_norm(out, weights["post_mlp_norm"], config) if config.post_norms else out)
     return x, state
 

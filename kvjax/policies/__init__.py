@@ -1,31 +1,24 @@
 """The parts of a policy and their composition."""
 
-from kvjax.policies.budget import Budget as Budget
-from kvjax.policies.budget import Pyramid as Pyramid
-from kvjax.policies.budget import Uniform as Uniform
-from kvjax.policies.describe import parts as parts
-from kvjax.policies.describe import phase as phase
-from kvjax.policies.observe import Needs as Needs
-from kvjax.policies.observe import Observation as Observation
-from kvjax.policies.observe import Prompt as Prompt
-from kvjax.policies.plan import Observed as Observed
-from kvjax.policies.plan import Plan as Plan
-from kvjax.policies.plan import abstract_cache as abstract_cache
-from kvjax.policies.plan import compress as compress
-from kvjax.policies.plan import plan as plan
-from kvjax.policies.policy import Policy as Policy
-from kvjax.policies.policy import PolicyError as PolicyError
-from kvjax.policies.policy import attend_with as attend_with
-from kvjax.policies.registry import Method as Method
-from kvjax.policies.registry import as_policy as as_policy
-from kvjax.policies.registry import methods as methods
-from kvjax.policies.registry import parse_policy as parse_policy
-from kvjax.policies.registry import policy as policy
-from kvjax.policies.registry import register as register
-from kvjax.policies.select import TopChunks as TopChunks
-from kvjax.policies.select import TopTokens as TopTokens
-from kvjax.policies.stage import Evict as Evict
-from kvjax.policies.stage import Phase as Phase
-from kvjax.policies.stage import Ring as Ring
-from kvjax.policies.store import Grouped as Grouped
-from kvjax.policies.store import Slotwise as Slotwise
+from kvjax.policies.budget import Budget as Budget, Pyramid as Pyramid, Uniform as Uniform
+from kvjax.policies.describe import parts as parts, phase as phase
+from kvjax.policies.observe import Needs as Needs, Observation as Observation, Prompt as Prompt
+from kvjax.policies.plan import (
+    Observed as Observed,
+    Plan as Plan,
+    abstract_cache as abstract_cache,
+    compress as compress,
+    plan as plan,
+)
+from kvjax.policies.policy import Policy as Policy, PolicyError as PolicyError, attend_with as attend_with
+from kvjax.policies.registry import (
+    Method as Method,
+    as_policy as as_policy,
+    methods as methods,
+    parse_policy as parse_policy,
+    policy as policy,
+    register as register,
+)
+from kvjax.policies.select import TopChunks as TopChunks, TopTokens as TopTokens
+from kvjax.policies.stage import Evict as Evict, Phase as Phase, Ring as Ring
+from kvjax.policies.store import Grouped as Grouped, Slotwise as Slotwise

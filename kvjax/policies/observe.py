@@ -15,7 +15,7 @@ from jax import Array
 
 from kvjax.cache import EMPTY, LayerSpec, Tokens
 from kvjax.cache.slots import take_slots
-from kvjax.kernels.attention import causal_attention
+from kvjax.kernels.attention import BLOCK, causal_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +98,16 @@ def query_moments(q: Array, pos: Array, start: int) -> tuple[Array, Array]:
     return mean, jnp.einsum("bhtd,bhte->bhde", centred, centred) / number[..., None]
 
 
-def observe(spec: LayerSpec, new: Tokens, needs: Needs, layer: Array) -> tuple[Array, Prompt, Observation]:
+def observe(
+    spec: LayerSpec, new: Tokens, needs: Needs, layer: Array, block: int = BLOCK
+) -> tuple[Array, Prompt, Observation]:
     """Attention of a whole prompt over itself, and what the policies asked to see.
 
     Args:
       spec, new: The layer and its tokens; positions are 0, 1, ... and `EMPTY` for padding at the end.
       needs: The statistics; cost nothing unless asked for.
       layer: Its index.
+      block: Queries that attend at once; bounds memory, changes no result.
 
     Returns:
       Output [B, H * G, T, D], keys and values, statistics.
@@ -118,6 +121,7 @@ def observe(spec: LayerSpec, new: Tokens, needs: Needs, layer: Array) -> tuple[A
         window=spec.window,
         softcap=spec.softcap,
         column_sums=needs.column_sums,
+        block=block,
     )
     length = (new.pos != EMPTY).sum(-1, dtype=jnp.int32)
     index = length[:, None] - needs.window + jnp.arange(needs.window, dtype=jnp.int32)

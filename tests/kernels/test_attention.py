@@ -50,7 +50,6 @@ CASES = [
     (32, 8, 8, 0.0, (32, 17)),
     (37, 8, 5, 3.0, (37, 20)),  # Keys of a block: its own and those before, cut at both ends.
     (37, 8, 1, 0.0, (37, 20)),
-    (37, 8, 36, 0.0, (37, 20)),
     (37, 8, 100, 0.0, (37, 20)),  # A window that hides nothing.
 ]
 

@@ -8,6 +8,7 @@ broadcast one.
 import jax.numpy as jnp
 from jax import Array, lax
 
+BLOCK = 256  # Queries that attend to a prompt at once.
 NEG = -1e30  # Stands for -inf: a row without any visible key stays finite and is zeroed afterwards.
 
 
@@ -76,7 +77,7 @@ def causal_attention(
     window: int = 0,
     softcap: float = 0.0,
     column_sums: bool = False,
-    block: int = 256,
+    block: int = BLOCK,
 ) -> tuple[Array, Array | None]:
     """Causal self-attention of a prompt in blocks of queries, so that no [T, T] matrix is ever whole.
 
