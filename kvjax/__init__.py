@@ -1,4 +1,4 @@
-"""kvjax: KV-cache compression in JAX. A cache is data, a policy is a value, everything between them is a pure function."""
+"""KV-cache compression in JAX: a cache is data, a policy is a value, everything between them is a pure function."""
 
 # The folder of methods first: imported later, it would take the place of the function `methods` below.
 from kvjax import methods as _folder  # noqa: F401

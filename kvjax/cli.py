@@ -1,7 +1,7 @@
 """The command line: `kvjax compare | eval | generate | bench | methods`.
 
-Results go to stdout, progress and remarks to stderr. What the user got wrong is one line, `error: ...`, and exit code 2, before
-anything is computed where it can be known before.
+Results go to stdout, progress and remarks to stderr. What the user got wrong is one line, `error: ...`, and exit code
+2, before anything is computed where it can be known before.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 MODEL = "gemma3-270m"
 POLICIES = (
-    "full; int8; kivi; chunkkv(0.25); chunkkv(0.25) | kivi(bits=4); keydiff(0.5); tova(0.25); streaming_llm(0.25); snapkv(0.25); "
-    "random(0.25)"
+    "full; int8; kivi; chunkkv(0.25); chunkkv(0.25) | kivi(bits=4); keydiff(0.5); tova(0.25); streaming_llm(0.25); "
+    "snapkv(0.25); random(0.25)"
 )
 
 app = typer.Typer(
@@ -34,12 +34,12 @@ app = typer.Typer(
 console, notes = Console(), Console(stderr=True)
 
 
-class Protocol(str, enum.Enum):
+class Protocol(enum.StrEnum):
     aware = "aware"
     agnostic = "agnostic"
 
 
-class Dtype(str, enum.Enum):
+class Dtype(enum.StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -56,7 +56,9 @@ ProtocolOption = Annotated[
     typer.Option(help="aware: the question is in the prompt that is compressed. agnostic: it comes after compression."),
 ]
 ContextOption = Annotated[int | None, typer.Option(help="Tokens of the context. Default: 2000 (needle), 2048 (ppl).")]
-SamplesOption = Annotated[int | None, typer.Option(help="Contexts, or rows of a file. Default: 12 (needle), 4 (ppl), all.")]
+SamplesOption = Annotated[
+    int | None, typer.Option(help="Contexts, or rows of a file. Default: 12 (needle), 4 (ppl), all rows.")
+]
 NeedlesOption = Annotated[int | None, typer.Option(help="Needles per context; each is asked for. Default: 1.")]
 SeedOption = Annotated[int, typer.Option(help="Of everything that is drawn at random.")]
 OutOption = Annotated[
@@ -82,7 +84,7 @@ def _about() -> None:
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """What is wrong with the input is said in one line. Around checks and loading only: errors of ours keep their traceback."""
+    """Says in one line what is wrong with the input. Around checks and loading only: bugs keep their traceback."""
     try:
         yield
     except (ValueError, OSError) as error:  # PolicyError and CheckpointError are ValueErrors.
@@ -112,16 +114,16 @@ def compare(
 ) -> None:
     """Compares policies on one task: one prefill feeds them all.
 
-    Writes `results.json` (a row per sample and policy) and `pareto.png` (quality against bytes). An interrupted run goes on where
-    it stopped. The full cache always runs along: it is what the others are measured against.
+    Writes `results.json` (a row per sample and policy) and `pareto.png` (quality against bytes). An interrupted run
+    goes on where it stopped. The full cache always runs along: it is what the others are measured against.
 
-    **Tasks.** needle: a number hidden in Python's manual is asked for. ppl: perplexity of a text's continuation after the text
-    before it was compressed. A file: lines of `{"context": ..., "question": ..., "answers": [...]}`, or of
+    **Tasks.** needle: a number hidden in Python's manual is asked for. ppl: perplexity of a text's continuation after
+    the text before it was compressed. A file: lines of `{"context": ..., "question": ..., "answers": [...]}`, or of
     `{"context_ids": [...], "question_ids": [...], "answer_ids": [...]}` for token ids.
 
-    **Columns.** answered: greedy decoding writes the answer exactly. NLL: of the answer, nats per token. KL, top-1: divergence from
-    the full cache's predictions, and how often the likeliest token is the same, along the full cache's own continuation. cache:
-    measured bytes. decoding: the compiled loop, relative to the full cache in the same run.
+    **Columns.** answered: greedy decoding writes the answer exactly. NLL: of the answer, nats per token. KL, top-1:
+    divergence from the full cache's predictions, and how often the likeliest token is the same, along the full cache's
+    own continuation. cache: measured bytes. decoding: the compiled loop, relative to the full cache in the same run.
 
     **Examples**
 
@@ -147,7 +149,9 @@ def compare(
 def evaluate(
     policy: Annotated[str, typer.Argument(help='Such as "snapkv(0.25) | kivi(bits=4)".')],
     model: ModelOption = MODEL,
-    tasks: Annotated[str, typer.Option(help="Separated by semicolons: needle, ppl, files of JSON lines.")] = "needle; ppl",
+    tasks: Annotated[
+        str, typer.Option(help="Separated by semicolons: needle, ppl, files of JSON lines.")
+    ] = "needle; ppl",
     protocol: ProtocolOption = Protocol.aware,
     context: ContextOption = None,
     samples: SamplesOption = None,
@@ -176,7 +180,8 @@ def evaluate(
         if not names:
             raise ValueError("No tasks given: needle, ppl or files of JSON lines, separated by semicolons.")
         chosen = [
-            make_task(name, context=context if name in ("needle", "ppl") else None, count=samples, seed=seed) for name in names
+            make_task(name, context=context if name in ("needle", "ppl") else None, count=samples, seed=seed)
+            for name in names
         ]
         folders = [_folder(out and out / task.name, model, task, settings, dtype) for task in chosen]
         if len(set(folders)) < len(folders):
@@ -288,7 +293,7 @@ def _report(ran: list[_Ran], as_json: bool) -> None:
 
 
 def _print_wide(table: Any) -> None:
-    """A table is never cut: where the terminal is too narrow, or output goes to a file, its lines are as long as they are."""
+    """Never cuts a table: where the terminal is too narrow, or output goes to a file, lines are as long as they are."""
     width = Console(width=10**4).measure(table).maximum
     Console(width=max(console.width, width)).print(table)
 
@@ -343,7 +348,8 @@ def generate(
         length, config = int(lengths[0]), loaded.config
         if length + max_new_tokens > config.max_length:
             raise ValueError(
-                f"A prompt of {length} tokens and {max_new_tokens} new ones exceed the model's context of {config.max_length}."
+                f"A prompt of {length} tokens and {max_new_tokens} new ones exceed the model's context of "
+                f"{config.max_length}."
             )
         kvjax.plan(chosen, config, length, loaded.params["embed"].dtype)
     assert loaded.tokenizer is not None
@@ -375,8 +381,8 @@ def generate(
     print()
     seconds = time.perf_counter() - start
     notes.print(
-        f"{length:,} tokens of prompt · cache after them: {size} ({chosen}) · {count} new tokens in {seconds:.1f} s, compilation "
-        "included",
+        f"{length:,} tokens of prompt · cache after them: {size} ({chosen}) · {count} new tokens in {seconds:.1f} s, "
+        "compilation included",
         style="dim",
         highlight=False,
         soft_wrap=True,
@@ -424,7 +430,7 @@ def bench(
 
         chosen = parse_policies(policies)
         try:
-            lengths = [int(part) for part in contexts.split(",")]
+            lengths = [int(part) for part in contexts.replace(",", " ").split()]
         except ValueError:
             raise ValueError(f"--contexts are numbers separated by commas, got {contexts!r}.") from None
         for name, value in (("--batch", batch), ("--tokens", tokens), ("--repeats", repeats)):
@@ -442,7 +448,8 @@ def bench(
     if as_json:
         print(json.dumps(rows, indent=1))
     else:
-        _print_wide(bench_table(rows, f"{pathlib.PurePath(model).name} · batch {batch} · {loaded.params['embed'].dtype}"))
+        heading = f"{pathlib.PurePath(model).name} ({loaded.params['embed'].dtype}) · batch {batch}"
+        _print_wide(bench_table(rows, heading))
 
 
 # methods
@@ -460,8 +467,8 @@ def methods(
 
     `kvjax methods snapkv`
 
-    Methods compose: `snapkv(0.25) | kivi(bits=2)` evicts, then packs what is left. A budget is tokens (`512`), a share that is kept
-    (`0.25`), or bytes of the whole cache (`'24MB'`).
+    Methods compose: `snapkv(0.25) | kivi(bits=2)` evicts, then packs what is left. A budget is tokens (`512`), a share
+    that is kept (`0.25`), or bytes of the whole cache (`'24MB'`).
     """
     with user_errors():
         import kvjax
@@ -504,7 +511,8 @@ def _print_methods(rows: list[dict[str, Any]]) -> None:
         name = f"[bold]{row['name']}[/]{row['signature'][len(row['name']) :]}"
         out.add_row(name, row["phase"], "; ".join(made_of), f"{row['paper']}\n[dim]{row['url']}[/]\n")
     console.print(out, highlight=False)
-    console.print("\n`kvjax methods NAME` tells more. Policies compose: snapkv(0.25) | kivi(bits=2)", style="dim", highlight=False)
+    hint = "`kvjax methods NAME` tells more. Policies compose: snapkv(0.25) | kivi(bits=2)"
+    console.print(hint, style="dim", highlight=False)
 
 
 def _print_method(row: dict[str, Any], build: Any) -> None:

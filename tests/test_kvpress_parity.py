@@ -1,9 +1,9 @@
 """The same prompts, rules and protocol as NVIDIA kvpress: the same answers, likelihoods and slots (question-agnostic).
 
-`tests/data/needles_gemma3_270m.json` holds what kvpress 0.5.4 gave for Gemma 3 270M in float32. Named differences of definition:
-kvpress' StreamingLLM compresses once and keeps the text's positions (here: an `Evict` with sinks and recent tokens); its
-PyramidKV spreads budgets over all 18 layers, also the 15 that it does not compress (here: the slots that it kept); its ratio 0.9 keeps
-199 tokens by float rounding (here: the number); random choices differ.
+`tests/data/needles_gemma3_270m.json` holds what kvpress 0.5.4 gave for Gemma 3 270M in float32. Named differences of
+definition: kvpress' StreamingLLM compresses once and keeps the text's positions (here: an `Evict` with sinks and recent
+tokens); its PyramidKV spreads budgets over all 18 layers, also the 15 that it does not compress (here: the slots that
+it kept); its ratio 0.9 keeps 199 tokens by float rounding (here: the number); random choices differ.
 
 `KVJAX_PARITY_PROMPTS=12` runs all prompts (default 2: the others only repeat the same computation).
 """

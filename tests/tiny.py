@@ -75,7 +75,9 @@ def read_back(layer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def kept(cache, row: int) -> list[list[list[int]]]:
     """Sorted positions that one row holds, for every full-attention layer and head."""
-    layers = [np.broadcast_to(layer.pos[row], (CONFIG.num_kv_heads, layer.pos.shape[-1])) for layer in full_layers(cache)]
+    layers = [
+        np.broadcast_to(layer.pos[row], (CONFIG.num_kv_heads, layer.pos.shape[-1])) for layer in full_layers(cache)
+    ]
     return [[sorted(head[head != EMPTY].tolist()) for head in layer] for layer in layers]
 
 

@@ -1,8 +1,8 @@
 """How a key or a value is written in a slot. A codec treats every token alone, so slots can be moved and overwritten.
 
 A codec is a small hashable value with four functions: `encode` x [B, H, T, D] into a pytree of arrays [B, H, T, ...],
-  `decode`
-it back, and the two products that attention needs, `dot` and `mix`, with scales folded in where that saves work.
+`decode` it back, and the two products that attention needs, `dot` and `mix`, with scales folded in where that saves
+work.
 """
 
 import dataclasses
@@ -91,10 +91,10 @@ class Scaled:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """2-, 4- or 8-bit asymmetric round-to-nearest, packed along channels; scale and zero per token and `group`
-    channels.
+    """2-, 4- or 8-bit asymmetric round-to-nearest, packed along channels: `x ~ code * scale + zero`.
 
-    `x ~ code * scale + zero`. Groups isolate outlier channels; `group` 0 is one group per head.
+    Every token has a scale and a zero for each `group` of channels, which isolates outlier channels; 0 is one group for
+    the whole head.
     """
 
     bits: int = 4

@@ -118,7 +118,7 @@ class GroupedSlots:
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit. The last place stays free: it would complete a residual of keys that has nowhere to be packed."""
+        """Tokens that fit. The last place stays free: it would complete a residual with nowhere to be packed."""
         return self.order.shape[-1] - 1
 
     @property
@@ -145,8 +145,7 @@ class GroupedSlots:
         return jnp.concatenate([dot_keys(q, self.k.decode().astype(q.dtype)), dot_keys(q, self.k_recent)], -1)
 
     def mix(self, p: Array) -> Array:
-        """Keys and values part at different tokens: weights of the last R tokens are gathered for the values' residual.
-        """
+        """Keys and values part at different tokens: weights of the last R are gathered for the values' residual."""
         size, residual, count = self.packed_capacity, self.residual, self.count[:, None, None]
         _, packed = self._recent_tokens()
         slot = jnp.arange(residual, dtype=jnp.int32)

@@ -1,8 +1,7 @@
 """Small integers in 32-bit words: 16 two-bit or 8 four-bit codes in one int32.
 
-Codes are interleaved: word r holds codes `r * per ... r * per + per - 1`, low bits first (KIVI's order, and the one
-  that a
-bitcast to int2 / int4 unpacks on TPU).
+Codes are interleaved: word r holds codes `r * per ... r * per + per - 1`, low bits first (KIVI's order, and
+the one that a bitcast to int2 / int4 unpacks on TPU).
 """
 
 import jax.numpy as jnp

@@ -27,10 +27,10 @@ def take_slots(leaf: Array, index: Array) -> Array:
     return jnp.take_along_axis(leaf, index.reshape(index.shape + (1,) * (leaf.ndim - 3)), axis=2)
 
 
-def put_slots(leaf: Array, index: Array, value: Array) -> Array:
+def put_slots(leaf: Array, index: Array, value: Array | float) -> Array:
     """Writes value [B, H, T, ...] to slots index [B, 1 or H, T] of leaf; an index of S or more writes nothing."""
     batch, heads = jnp.arange(leaf.shape[0])[:, None, None], jnp.arange(leaf.shape[1])[None, :, None]
-    return leaf.at[batch, heads, index].set(value.astype(leaf.dtype), mode="drop")
+    return leaf.at[batch, heads, index].set(jnp.asarray(value, leaf.dtype), mode="drop")
 
 
 @typing.no_type_check
@@ -41,8 +41,8 @@ class Slots:
 
     Attributes:
       k, v: As the codec writes them: pytrees of arrays [B, H, S, ...].
-      pos: Token position of each slot [B, 1 or H, S] int32, `EMPTY` if none. One row where all heads keep the same
-        tokens.
+      pos: Token position of each slot [B, 1 or H, S] int32, `EMPTY` if none; one row for all heads where they
+        keep the same tokens.
       marks: What a policy that evicts while decoding remembers of each slot, [B, 1 or H, S] float32, or None.
       limit: Tokens that each row keeps [B] int32 where old ones make way; None: `bound` for all rows.
       codec: How k and v are written.
@@ -130,7 +130,7 @@ class Slots:
             k=jax.tree.map(write, self.k, self.codec.encode(new.k)),
             v=jax.tree.map(write, self.v, self.codec.encode(new.v)),
             pos=put_slots(self.pos, slot, jnp.broadcast_to(new.pos[:, None], slot.shape)),
-            marks=None if self.marks is None else put_slots(self.marks, slot, jnp.zeros(()) if marks is None else marks),
+            marks=self.marks if self.marks is None else put_slots(self.marks, slot, 0.0 if marks is None else marks),
         )
 
     def keep(self, index: Array, valid: Array) -> "Slots":
@@ -146,16 +146,14 @@ class Slots:
         )
 
     def drop(self, slot: Array, where: Array) -> "Slots":
-        """Removes slot [B, 1 or H] where asked [B, 1 or H]: the last occupied one moves in, so that the prefix stays
-        full.
-        """
+        """Removes slot [B, 1 or H] where asked [B, 1 or H]: the last occupied one moves into its place."""
         last = self.count - 1
 
         def move(leaf):
             index = jnp.broadcast_to(jnp.where(where, slot, self.capacity)[..., None], (*leaf.shape[:2], 1))
             return put_slots(leaf, index, take_slots(leaf, jnp.broadcast_to(last[..., None], index.shape)))
 
-        pos = put_slots(move(self.pos), jnp.where(where, last, self.capacity)[..., None], jnp.asarray(EMPTY))
+        pos = put_slots(move(self.pos), jnp.where(where, last, self.capacity)[..., None], EMPTY)
         return dataclasses.replace(
             self,
             k=jax.tree.map(move, self.k),

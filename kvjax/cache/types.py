@@ -135,9 +135,7 @@ class Cache:
 
     @property
     def full_nbytes(self) -> int:
-        """Bytes of an uncompressed bfloat16 cache of the same tokens: sliding layers hold their window, full layers
-        all.
-        """
+        """Bytes of an uncompressed bfloat16 cache of the same tokens: sliding layers hold their window."""
         c = self.config
         per_token = c.num_kv_heads * c.head_dim * 2 * 2
         seen = jax.device_get(self.seen)

@@ -157,13 +157,16 @@ PANELS = {
         Panel("accuracy", "answered, %", 100.0, more=True, log=False),
         Panel("nll", "NLL of the answer, nats per token"),
     ),
-    "perplexity": (Panel("perplexity", "perplexity of the continuation"), Panel("kl", "KL to the full cache, nats per token")),
+    "perplexity": (
+        Panel("perplexity", "perplexity of the continuation"),
+        Panel("kl", "KL to the full cache, nats per token"),
+    ),
 }
 INK, MUTED, FRONT, POINT = "#1f2933", "#7b8794", "#d9480f", "#1971c2"
 
 
 def pareto_front(points: Sequence[tuple[float, float]], more: bool) -> list[int]:
-    """Indices of (bytes, quality) points that no other beats, by bytes: fewer bytes, and better quality than all smaller ones."""
+    """Indices of the (bytes, quality) points that are better than all with fewer bytes, from few bytes to many."""
     sign = 1.0 if more else -1.0
     order = sorted(range(len(points)), key=lambda i: (points[i][0], -sign * points[i][1]))
     front, best = [], -math.inf
@@ -182,7 +185,7 @@ def plot(summaries: Sequence[Row], path: pathlib.Path, heading: str = "") -> Non
     from matplotlib import pyplot
 
     panels = PANELS["accuracy" if "accuracy" in summaries[0] else "perplexity"]
-    style = {"font.size": 10, "axes.edgecolor": MUTED, "text.color": INK, "axes.labelcolor": INK}
+    style: Any = {"font.size": 10, "axes.edgecolor": MUTED, "text.color": INK, "axes.labelcolor": INK}
     with pyplot.rc_context(style):
         figure, axes = pyplot.subplots(1, len(panels), figsize=(6.4 * len(panels), 5.2), dpi=150, layout="constrained")
         figure.suptitle(heading, fontsize=12, x=0.01, ha="left")
@@ -245,7 +248,7 @@ def _draw(axis: Any, panel: Panel, summaries: Sequence[Row]) -> None:
 
 
 def _label_points(axis: Any, panel: Panel, summaries: Sequence[Row]) -> None:
-    """Puts every policy's name at the nearest free place around its point, with a thin line where that is not beside it."""
+    """Puts every policy's name at the nearest free place around its point, with a thin line if that is farther off."""
     points = axis.transData.transform(_points(panel, summaries))
     renderer, frame = axis.figure.canvas.get_renderer(), axis.get_window_extent()
     scale = axis.figure.dpi / 72

@@ -1,6 +1,7 @@
-"""Results on disk: a list of rows in one JSON file, replaced as a whole, so that an interruption never leaves half of one."""
+"""Results on disk: a list of rows in one JSON file, replaced as a whole: an interruption never leaves half of one."""
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -10,20 +11,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jaxlib
 
 Row = dict[str, Any]
 FILE = "results.json"
 
 
 def versions() -> dict[str, str]:
-    import importlib.metadata
-
     try:
         own = importlib.metadata.version("kvjax")
     except importlib.metadata.PackageNotFoundError:  # Run from a folder that is not installed.
         own = "unknown"
-    return {"kvjax": own, "jax": jax.__version__, "jaxlib": jaxlib.__version__, "python": platform.python_version()}
+    return {
+        "kvjax": own,
+        "jax": jax.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "python": platform.python_version(),
+    }
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -42,7 +45,7 @@ def make_folder(folder: pathlib.Path) -> None:
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"Cannot write to the folder {folder} ({error.strerror}). Choose another with --out.") from None
+        raise ValueError(f"Cannot write to the folder {folder}: {error.strerror}. Choose another (--out).") from None
 
 
 def read_rows(folder: pathlib.Path, config: Mapping[str, Any], overwrite: bool = False) -> list[Row]:
@@ -58,12 +61,15 @@ def read_rows(folder: pathlib.Path, config: Mapping[str, Any], overwrite: bool =
         rows = json.loads(path.read_text(encoding="utf-8"))
         hashes = {row["config_hash"] for row in rows}
     except (OSError, ValueError, TypeError, KeyError):
-        raise ValueError(f"{path} holds no results of kvjax. Choose another folder with --out, or --overwrite it.") from None
+        raise ValueError(
+            f"{path} holds no results of kvjax. Choose another folder (--out), or --overwrite it."
+        ) from None
     if hashes - {config_hash(config)}:
         other = next(row["config"] for row in rows if row["config_hash"] != config_hash(config))
         differs = [key for key in config if other.get(key) != config[key]]
         raise ValueError(
-            f"{path} is of a run with other settings ({', '.join(differs)}). Choose another folder with --out, or --overwrite it."
+            f"{path} is of a run with other settings ({', '.join(differs)}). Choose another folder (--out), or "
+            "--overwrite it."
         )
     return rows
 

@@ -1,7 +1,8 @@
 """Runs a task: one prefill feeds every policy, so that a comparison is cheap and exactly fair.
 
-For every sample the prompt is seen once (`generation.observe`), compressed by each policy, and asked: how likely is the right
-answer, would greedy decoding write it, and how far are predictions from the full cache's along the text that it would write?
+For every sample the prompt is seen once (`generation.observe`), compressed by each policy, and asked: how likely is the
+right answer, would greedy decoding write it, and how far are predictions from the full cache's along the text that it
+would write?
 """
 
 import dataclasses
@@ -40,10 +41,10 @@ class Settings:
 
     Attributes:
       policies: The full cache comes first: it is what the others are measured against.
-      protocol: "aware": the question is part of the compressed prompt, only its last token comes after. "agnostic": the context
-        is compressed first, the question comes after. Perplexity is agnostic always.
-      tokens: Length of the full cache's greedy continuation, along which predictions are compared. Its predictions are kept
-        while a sample is asked: tokens * vocab_size * 4 bytes.
+      protocol: "aware": the question is part of the compressed prompt, only its last token comes after. "agnostic": the
+        context is compressed first, the question comes after. Perplexity is agnostic always.
+      tokens: Length of the full cache's greedy continuation, along which predictions are compared. Its predictions are
+        kept while a sample is asked: tokens * vocab_size * 4 bytes.
       speed: Whether decoding is timed.
     """
 
@@ -151,8 +152,8 @@ def check(model: Model, cases: Sequence[Case], settings: Settings) -> None:
     for case in cases:
         if len(case.prompt) + case.longest > model.config.max_length:
             raise ValueError(
-                f"Sample {case.sample.id} has {len(case.prompt)} tokens to compress and {case.longest} after them; this model's "
-                f"context is {model.config.max_length}."
+                f"Sample {case.sample.id} has {len(case.prompt)} tokens to compress and {case.longest} after them; the "
+                f"model's context is {model.config.max_length}."
             )
     for length in sorted({len(case.prompt) for case in cases}):
         for policy in settings.policies:
@@ -269,7 +270,7 @@ def _ask(model: Model, observed: Observed, case: Case, settings: Settings) -> It
 
 
 def _decode_speeds(model: Model, observed: Observed, case: Case, settings: Settings) -> list[float]:
-    """Tokens per second of every policy's compiled decode loop, by turns, so that a busy moment does not hit one alone."""
+    """Tokens per second of every policy's compiled decode loop, by turns: a busy moment does not hit one alone."""
 
     def timed(policy: Policy) -> float:
         tight = plan(policy, model.config, len(case.prompt), _dtype(model))
@@ -302,7 +303,7 @@ def _wide(tight: Plan, observed: Observed) -> Plan:
 
 @functools.partial(jax.jit, static_argnames=("plan", "room"))
 def _ready(plan: Plan, observed: Observed, room: int) -> Cache:
-    """The compressed cache with room for questions and answers, and a policy that knows only what comes after the prompt."""
+    """The compressed cache with room for questions and answers; its policy knows only what comes after the prompt."""
     return dataclasses.replace(compress(plan, observed).reserve(room), policy=plan.policy.after_prompt)
 
 

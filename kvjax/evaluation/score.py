@@ -1,7 +1,7 @@
 """What a cache knows: likelihoods of given tokens, and how far its predictions are from those of the full cache.
 
-Teacher-forced: the tokens are fed, and every prediction on the way is looked at. Where each of them is the likeliest, greedy
-decoding would have written them. The vocabulary may be large, so logits exist for a few tokens at a time only.
+Teacher-forced: the tokens are fed, and every prediction on the way is looked at. Where each of them is the likeliest,
+greedy decoding would have written them. The vocabulary may be large, so logits exist for a few tokens at a time only.
 """
 
 import dataclasses
@@ -114,7 +114,7 @@ def likelihood(model: Model, x: np.ndarray, answer: Sequence[int]) -> Likelihood
 
 
 def predictions(model: Model, x: np.ndarray) -> Array:
-    """Log-probabilities [N / ROWS, ROWS, vocab] float32 after hidden states x [N, hidden], as `divergence` wants them."""
+    """Log-probabilities [N / ROWS, ROWS, vocab] float32 after hidden states x [N, hidden], for `divergence`."""
     return _log_probs(model.params, model.config, _in_rows(x))
 
 

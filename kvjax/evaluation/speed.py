@@ -33,7 +33,13 @@ def greedy(model: Model, cache: Cache, logits: Array, tokens: int) -> tuple[Arra
 
 
 def bench(
-    model: Model, policies: Sequence[Policy], contexts: Sequence[int], *, batch: int = 1, tokens: int = 32, repeats: int = 3
+    model: Model,
+    policies: Sequence[Policy],
+    contexts: Sequence[int],
+    *,
+    batch: int = 1,
+    tokens: int = 32,
+    repeats: int = 3,
 ) -> Iterator[Row]:
     """Prefill time, decode speed and bytes of every policy at every context length, on random tokens.
 
@@ -45,16 +51,17 @@ def bench(
       repeats: The fastest of so many counts.
 
     Yields:
-      One row per context and policy; "_ratio" is relative to the first policy at the same length (speeds: above 1 is faster).
+      One row per context and policy; "_ratio" is relative to the first policy at the same length (speeds: above 1 is
+      faster).
 
     Raises:
-      ValueError: A context and its new tokens exceed the model's. PolicyError: A policy cannot be served there. Both before
-        anything is measured.
+      ValueError: A context and its new tokens exceed the model's. PolicyError: A policy cannot be served there. Both
+        before anything is measured.
     """
     for context in contexts:
         if context < 1 or context + tokens > model.config.max_length:
             raise ValueError(
-                f"A context of {context} tokens and {tokens} new ones do not fit this model's {model.config.max_length}."
+                f"{context} tokens and {tokens} new ones: the model's context is {model.config.max_length}."
             )
         for policy in policies:
             plan(policy, model.config, context, model.params["embed"].dtype)

@@ -1,8 +1,8 @@
 """What a compressed cache is asked: needles in a text, the text's continuation, or the rows of your own file.
 
-A task is a value that makes samples of token ids: a context to compress, a question that is fed to the compressed cache, and
-the answers that count. Text comes from the manual that ships with Python (`pydoc_data.topics`); nothing is downloaded, and the
-same seed gives the same samples.
+A task is a value that makes samples of token ids: a context to compress, a question that is fed to the compressed
+cache, and the answers that count. Text comes from the manual that ships with Python (`pydoc_data.topics`); nothing is
+downloaded, and the same seed gives the same samples.
 """
 
 import collections
@@ -13,7 +13,7 @@ import json
 import pathlib
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from kvjax.checkpoints import Tokenizer
 from kvjax.model import Model
@@ -22,8 +22,8 @@ Ids = tuple[int, ...]
 Metric = Literal["accuracy", "perplexity"]
 
 CITIES = (
-    "Paris London Tokyo Cairo Lima Oslo Rome Madrid Berlin Vienna Prague Athens Dublin Lisbon Warsaw Delhi Seoul Sydney "
-    "Toronto Chicago Boston Denver Nairobi Lagos Havana Quito Hanoi Bangkok Manila Moscow Helsinki Geneva"
+    "Paris London Tokyo Cairo Lima Oslo Rome Madrid Berlin Vienna Prague Athens Dublin Lisbon Warsaw Delhi Seoul "
+    "Sydney Toronto Chicago Boston Denver Nairobi Lagos Havana Quito Hanoi Bangkok Manila Moscow Helsinki Geneva"
 ).split()
 NEEDLE = "\nOne of the special magic numbers for {city} is: {number}.\n"
 QUESTION = (
@@ -77,7 +77,7 @@ class Task(Protocol):
 
 @functools.cache
 def library_text() -> str:
-    """The language reference that comes with Python: about half a million characters, the same for one Python version."""
+    """The language reference that comes with Python, about half a million characters; versions differ."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
@@ -108,12 +108,14 @@ def _check_number(name: str, value: int, least: int) -> None:
 def split_answers(tokenizer: Tokenizer, question: str, answers: Sequence[str]) -> tuple[Ids, tuple[Ids, ...]]:
     """Token ids of a question and of its answers, cut where the answers begin.
 
-    Question and answer are read as one text, as a model would write them; a token that holds the end of the question and the
-    beginning of an answer belongs to the answer.
+    Question and answer are read as one text, as a model would write them; a token that holds the end of the question
+    and the beginning of an answer belongs to the answer.
     """
     alone = tokenizer.encode(question, add_bos=False)
     together = [tokenizer.encode(question + answer, add_bos=False) for answer in answers]
-    shared = [next((i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), len(alone)) for ids in together]
+    shared = [
+        next((i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), len(alone)) for ids in together
+    ]
     cut = min(*shared, *(len(ids) - 1 for ids in together))
     return tuple(alone[:cut]), tuple(tuple(ids[cut:]) for ids in together)
 
@@ -138,8 +140,8 @@ class Needle:
     count: int = 12
     needles: int = 1
     seed: int = 0
-    name: ClassVar[str] = "needle"
-    metric: ClassVar[Metric] = "accuracy"
+    name: str = dataclasses.field(default="needle", init=False)
+    metric: Metric = dataclasses.field(default="accuracy", init=False)
 
     def __post_init__(self):
         _check_number("samples", self.count, 1)
@@ -149,7 +151,7 @@ class Needle:
             raise ValueError(f"There are {len(CITIES)} cities for needles, got needles={self.needles}.")
 
     def resolved(self) -> dict[str, Any]:
-        return {"name": self.name, **dataclasses.asdict(self), "text": _digest(library_text())}
+        return {**dataclasses.asdict(self), "text": _digest(library_text())}
 
     def samples(self, model: Model) -> list[Sample]:
         tokenizer, library = _library_ids(model, self.name)
@@ -169,7 +171,7 @@ class Needle:
         filling = self.context - len(bos) - sum(map(len, needles))
         if filling < self.needles:
             raise ValueError(
-                f"A context of {self.context} tokens has no room for {self.needles} needles of {len(needles[0])} tokens each."
+                f"A context of {self.context} tokens has no room for {self.needles} needles of {len(needles[0])}."
             )
         start = chance.randrange(len(library))
         filler = [library[(start + n) % len(library)] for n in range(filling)]
@@ -193,10 +195,10 @@ class Needle:
 
 
 def _equally_long(tokenizer: Tokenizer, least: int) -> list[str]:
-    """Cities with names of equally many tokens, so that prompts have one length and compile once: the most common length."""
+    """Cities with names of equally many tokens: prompts of one length compile once."""
     lengths = {city: len(tokenizer.encode(QUESTION.format(city=city), add_bos=False)) for city in CITIES}
     ((common, number),) = collections.Counter(lengths.values()).most_common(1)
-    return [city for city in CITIES if lengths[city] == common] if number >= least else CITIES
+    return [city for city in CITIES if lengths[city] == common] if number >= least else list(CITIES)
 
 
 # Perplexity
@@ -219,8 +221,8 @@ class Perplexity:
     count: int = 4
     continuation: int = 256
     seed: int = 0
-    name: ClassVar[str] = "ppl"
-    metric: ClassVar[Metric] = "perplexity"
+    name: str = dataclasses.field(default="ppl", init=False)
+    metric: Metric = dataclasses.field(default="perplexity", init=False)
 
     def __post_init__(self):
         _check_number("samples", self.count, 1)
@@ -228,7 +230,7 @@ class Perplexity:
         _check_number("continuation", self.continuation, 2)
 
     def resolved(self) -> dict[str, Any]:
-        return {"name": self.name, **dataclasses.asdict(self), "text": _digest(library_text())}
+        return {**dataclasses.asdict(self), "text": _digest(library_text())}
 
     def samples(self, model: Model) -> list[Sample]:
         tokenizer, library = _library_ids(model, self.name)
@@ -236,7 +238,9 @@ class Perplexity:
         inside = self.context - len(bos)
         last = len(library) - inside - self.continuation
         if last < 0:
-            raise ValueError(f"Python's manual has {len(library)} tokens: fewer than context and continuation together.")
+            raise ValueError(
+                f"Python's manual has {len(library)} tokens: fewer than context and continuation together."
+            )
         starts = random.Random(f"ppl/{self.seed}").sample(range(last + 1), min(self.count, last + 1))
         samples = []
         for i, start in enumerate(starts):
@@ -274,10 +278,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JsonLines:
-    """A file of `{"context", "question", "answers"}` (text) or `{"context_ids", "question_ids", "answer_ids"}` (token ids).
+    """A file of `{"context", "question", "answers"}` or `{"context_ids", "question_ids", "answer_ids"}` on every line.
 
-    Several answers may count. Of a text's question and answer, neither of which brings a space or line break of its own, a
-    space is put in between. Token ids are used as they are: begin the context with BOS if the model wants one.
+    Several answers may count. Of a text's question and answer, neither of which brings a space or line break of its
+    own, a space is put in between. Token ids are used as they are: begin the context with BOS if the model wants one.
 
     Attributes:
       path: For messages and tables.
@@ -288,7 +292,7 @@ class JsonLines:
     path: str
     rows: tuple[Row, ...]
     digest: str
-    metric: ClassVar[Metric] = "accuracy"
+    metric: Metric = dataclasses.field(default="accuracy", init=False)
 
     @property
     def name(self) -> str:
@@ -383,7 +387,8 @@ def _row(path: str, number: int, line: str) -> Row:
         raise problem(f"{keys[2]} must be {kind} or a list of such, and not empty.")
     if keys is ID_KEYS:
         context, question, answers = tuple(context), tuple(question), [tuple(answer) for answer in answers]
-    return Row(line=number, id=str(data.get("id", number)), context=context, question=question, answers=tuple(answers))
+    found: Any = tuple(answers)
+    return Row(line=number, id=str(data.get("id", number)), context=context, question=question, answers=found)
 
 
 def _is_text(value: Any) -> bool:
@@ -423,7 +428,9 @@ def make_task(
     if name == "ppl":
         return Perplexity(seed=seed, **given)
     if not pathlib.Path(name).is_file():
-        raise ValueError(f"There is no task {name!r} and no file of that name. A task is needle, ppl or a file of JSON lines.")
+        raise ValueError(
+            f"There is no task {name!r} and no file of that name. A task is needle, ppl or a file of JSON lines."
+        )
     if context is not None:
         raise ValueError(f"The contexts of {name} are as long as they are; leave context out.")
     return read_json_lines(name, count)

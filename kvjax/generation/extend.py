@@ -1,5 +1,6 @@
 """New tokens on a cache: a question after a compressed context, a chunk of a long prompt, one decoded token."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -20,8 +21,7 @@ ROOM = 64  # Room is reserved in multiples of this, so that caches of many sizes
 def hidden_states(
     params: Params, config: Config, policy: Policy, cache: Cache, tokens: Array, valid: Array
 ) -> tuple[Array, Cache]:
-    """One pass over T new tokens: ids [B, T], of which valid [B, T] count -> hidden states [B, T, hidden], the new
-    cache.
+    """One pass over T new tokens: ids [B, T], of which valid [B, T] count -> hidden [B, T, hidden], the new cache.
 
     Valid tokens stand at the front of a row. The cache must have room; what does not fit is dropped.
     """
@@ -101,7 +101,10 @@ def extend(
         jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
     )
     valid = jnp.arange(tokens.shape[1]) < rows[:, None]
-    x, cache = extend_hidden(params, config, policy, with_room(cache, tokens.shape[1]), tokens, valid)
+    made_by, rest = cache.policy, policy.after_prompt  # Policies that go on alike share a compilation.
+    cache = dataclasses.replace(with_room(cache, tokens.shape[1]), policy=rest)
+    x, cache = extend_hidden(params, config, rest, cache, tokens, valid)
+    cache = dataclasses.replace(cache, policy=made_by)
     if last_only:
         x = jnp.take_along_axis(x, jnp.maximum(rows - 1, 0)[:, None, None], axis=1)[:, 0]
     return _unembed(params, config, x), cache

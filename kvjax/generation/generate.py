@@ -1,5 +1,6 @@
 """Whole generations: prefill or extend, then decode."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import jax
@@ -27,13 +28,14 @@ def start(
     cache: Cache | None,
     max_new_tokens: int,
 ) -> tuple[Array, Cache]:
-    """Logits of the next token and a cache with room for `max_new_tokens`, from a prompt or from a question on a cache."""
+    """Logits of the next token and a cache with room for `max_new_tokens`, from a prompt or a question on a cache."""
     if cache is None:
         logits, cache = prefill_logits(params, config, policy, tokens, lengths)
     else:
         cache = with_room(cache, tokens.shape[1] + max_new_tokens)
         logits, cache = extend(params, config, policy, cache, tokens, lengths, last_only=True)
-    return logits, with_room(cache, max_new_tokens)
+    # Policies that go on alike share a compilation of the decode loop.
+    return logits, dataclasses.replace(with_room(cache, max_new_tokens), policy=policy.after_prompt)
 
 
 def _key(sampler: Sampler, key: Array | None) -> Array:
@@ -76,8 +78,9 @@ def generate(
     key = _key(sampler, key)
     logits, cache = start(params, config, policy, tokens, lengths, cache, max_new_tokens)
     done = jnp.zeros(tokens.shape[0], bool)
+    rest = cache.policy
     out, count, *_ = decode(
-        params, config, policy, cache, logits, key, done, sampler=sampler, max_new_tokens=max_new_tokens, stop=stop
+        params, config, rest, cache, logits, key, done, sampler=sampler, max_new_tokens=max_new_tokens, stop=stop
     )
     return out, count
 
@@ -99,7 +102,7 @@ def stream(
     key = _key(sampler, key)
     logits, cache = start(params, config, policy, tokens, lengths, cache, max_new_tokens)
     yield from stream_on(
-        params, config, policy, cache, logits, max_new_tokens=max_new_tokens, sampler=sampler, key=key, stop=stop
+        params, config, cache.policy, cache, logits, max_new_tokens=max_new_tokens, sampler=sampler, key=key, stop=stop
     )
 
 

@@ -106,8 +106,8 @@ def _run(
     """All layers, one after another.
 
     Args:
-      keep: `keep(layer, spec, observed) -> state`: what is left of a full-attention layer's observation. It happens before
-        the next layer starts.
+      keep: `keep(layer, spec, observed) -> state`: what is left of a full-attention layer's observation,
+        before the next layer starts.
 
     Returns:
       Hidden states [B, T, hidden] and every layer's state (a ring where it is a sliding one).
@@ -205,8 +205,8 @@ def prefill(
       tokens: Ids [B, T] int32, right-padded.
       lengths: Tokens of each row [B] int32; default: all. Under `jit` the longest row counts as T for what is
         allocated.
-      chunk: Tokens of the prompt that are worked on at once inside a layer (default: 256 queries, 4,096 rows of an MLP).
-        Smaller needs less memory; the result is the same.
+      chunk: Tokens of the prompt that are worked on at once inside a layer (default: 256 queries, 4,096 rows of an
+        MLP). Smaller needs less memory; the result is the same.
 
     Returns:
       A cache without room to spare; `Cache.reserve` adds it (`extend` and `generate` do by themselves).

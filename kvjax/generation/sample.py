@@ -35,7 +35,7 @@ class Sampler:
 
 
 def filter_logits(logits: Array, sampler: Sampler) -> Array:
-    """Logits [..., vocab] at the sampler's temperature, -inf for tokens that it rules out. The likeliest always stays."""
+    """Logits [..., vocab] at the sampler's temperature, -inf for what it rules out. The likeliest always stays."""
     logits = logits / sampler.temperature
     if sampler.top_k and sampler.top_k < logits.shape[-1]:
         least = jax.lax.top_k(logits, sampler.top_k)[0][..., -1:]

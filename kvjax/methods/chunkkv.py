@@ -1,10 +1,10 @@
 """ChunkKV: meaning lives in chunks of tokens, not in single ones. Liu et al., 2025, https://arxiv.org/abs/2502.00299
 
-Any score, averaged over chunks of neighbouring tokens and over heads; the best chunks stay whole, the same in all heads.
+Any score, averaged over chunks of neighbouring tokens and over heads; the best chunks stay whole, alike in all heads.
 
-Differs from kvpress: chunks are chosen for every row of a batch by its own scores (kvpress applies those of the first row
-to all); as many are kept as fit the budget, never one more; a chunk with a token that the wrapped method must keep comes
-first (kvpress averages that token's top score with its neighbours').
+Differs from kvpress: chunks are chosen for every row of a batch by its own scores (kvpress applies those of the first
+row to all); as many are kept as fit the budget, never one more; a chunk with a token that the wrapped method must keep
+comes first (kvpress averages that token's top score with its neighbours').
 """
 
 import dataclasses

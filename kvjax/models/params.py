@@ -127,5 +127,5 @@ def layer_params(params: dict[str, Any], config: Config) -> tuple[dict[str, Any]
     if len(blocks) == config.num_layers and blocks[0]["attn_norm"].ndim == 1:
         return blocks
     return tuple(
-        jax.tree.map(lambda leaf: leaf[i], block) for block in blocks for i in range(block["attn_norm"].shape[0])
+        jax.tree.map(lambda leaf, i=i: leaf[i], block) for block in blocks for i in range(block["attn_norm"].shape[0])
     )

@@ -9,7 +9,7 @@ from kvjax.policies.store import Slotwise, Store
 
 
 def parts(policy: Policy) -> dict[str, str]:
-    """What a policy is made of: "score", "budget", "reduce", "store", "read" and "phase"; "-" where a part is missing."""
+    """What a policy is made of: score, budget, reduce, store, read and phase; "-" where a part is missing."""
     stages = policy.stages
     return {
         "score": _joined(stage.score for stage in stages if isinstance(stage, Evict)),

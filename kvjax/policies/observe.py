@@ -89,7 +89,7 @@ class Observation:
 
 
 def query_moments(q: Array, pos: Array, start: int) -> tuple[Array, Array]:
-    """Mean [B, heads, D] and covariance [B, heads, D, D] (divided by N) of q [B, heads, T, D] from position start on."""
+    """Mean [B, heads, D] and covariance [B, heads, D, D] (over N) of q [B, heads, T, D] from position start on."""
     q = q.astype(jnp.float32)
     weight = (pos >= start).astype(jnp.float32)[:, None, :, None]
     number = jnp.maximum(weight.sum(2), 1.0)

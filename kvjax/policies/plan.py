@@ -1,4 +1,4 @@
-"""How many slots every layer gets: decided on the host, before anything is compiled, and refused where it cannot work."""
+"""How many slots every layer gets: decided on the host before anything is compiled, or refused there."""
 
 import dataclasses
 import functools
@@ -88,7 +88,9 @@ def _in_tokens(policy: Policy, config: Config, length: int, dtype: Any) -> Polic
         return Policy(stages=(*before, stage), store=policy.store, read=policy.read, label=policy.label)
 
     def size(tokens: int) -> int:
-        return tree_nbytes(abstract_cache(plan(with_tokens(tokens), config, length, dtype), config, 1, dtype))
+        cache = abstract_cache(plan(with_tokens(tokens), config, length, dtype), config, 1, dtype)
+        # A policy that evicts at every step needs one more slot as soon as a token is added: it counts.
+        return tree_nbytes(jax.eval_shape(lambda cache: cache.reserve(1), cache) if policy.acts_every_step else cache)
 
     low, high = last.least, length
     if size(low) > allowed:

@@ -21,7 +21,7 @@ class ReadAll:
 
 
 class PolicyError(ValueError):
-    """A policy that makes no sense, or that a model or a prompt cannot serve; the message says why and what would do."""
+    """A policy that makes no sense, or that a model or a prompt cannot serve; says why, and what would do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,10 +48,10 @@ class Policy:
                     "evicts. It must come last."
                 )
         last = self.stages[-1] if self.stages else None
-        if last is not None and len(self.stages) > 1 and last.by_position:
+        if any(stage.by_position for stage in self.stages[1:]):
             raise PolicyError(
-                f"In {self.label!r} a ring of recent tokens follows an eviction: it would allocate slots for tokens "
-                "that are gone. Use one of the two."
+                f"In {self.label!r} a policy that goes by the order of tokens (a ring of recent ones, or chunks of "
+                "neighbours) follows an eviction that leaves gaps. Put it first, or use one of the two."
             )
         if last is not None and last.phase.when == "step" and not self.layout.slotwise:
             raise PolicyError(

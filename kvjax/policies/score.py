@@ -85,18 +85,23 @@ class WindowAttention:
 
 @dataclasses.dataclass(frozen=True)
 class LastAttention:
-    """Attention of the last query, averaged over all heads: every head keeps the same tokens (TOVA)."""
+    """Attention of the last query, averaged over all heads: every head keeps the same tokens (TOVA).
+
+    Where an eviction before has left the heads different tokens, a slot is not one token any more: each ranks its own.
+    """
 
     @property
     def needs(self) -> Needs:
         return Needs(window=1)
 
     def __call__(self, prompt: Prompt, obs: Observation, spec: LayerSpec) -> Array:
-        return window_attention(prompt, obs, spec, 1).mean((1, 2, 3))[:, None]
+        attention = window_attention(prompt, obs, spec, 1).mean((2, 3))
+        return attention if prompt.pos.shape[1] > 1 else attention.mean(1, keepdims=True)
 
     def update(self, marks: Array, weights: Array, new: Tokens) -> Array:
-        del marks, new
-        return weights[..., -1, :].mean((1, 2))[:, None]
+        del new
+        attention = weights[..., -1, :].mean(2)
+        return attention if marks.shape[1] > 1 else attention.mean(1, keepdims=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,11 @@ KEEP = jnp.inf  # Score of a token that must stay; empty slots score -inf.
 
 
 class Select(Protocol):
+    @property
+    def neighbours(self) -> bool:
+        """Whether neighbouring slots must hold neighbouring tokens."""
+        ...
+
     def __call__(self, scores: Array, slots: Array, capacity: int) -> tuple[Array, Array]:
         """Chooses per row and head.
 
@@ -36,6 +41,8 @@ def ordered(index: Array, valid: Array, slots: int) -> tuple[Array, Array]:
 class TopTokens:
     """The tokens with the highest scores; of equal ones the earliest."""
 
+    neighbours = False
+
     def __call__(self, scores: Array, slots: Array, capacity: int) -> tuple[Array, Array]:
         best, index = lax.top_k(scores, capacity)
         valid = (jnp.arange(capacity) < slots[:, None, None]) & (best > -jnp.inf)
@@ -54,6 +61,7 @@ class TopChunks:
     """
 
     size: int = 20
+    neighbours = True
 
     def __call__(self, scores: Array, slots: Array, capacity: int) -> tuple[Array, Array]:
         length = scores.shape[-1]

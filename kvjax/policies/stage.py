@@ -112,7 +112,6 @@ class Evict:
     sinks: int = 0
     recent: int | float = 0
     floor: int = 1
-    by_position = False
     endless = False
 
     def __post_init__(self):
@@ -122,12 +121,16 @@ class Evict:
                     f"{type(self.score).__name__} can only be taken at the end of the prompt: it has no form that is "
                     'kept up while decoding. Use phase="prompt".'
                 )
-            if not isinstance(self.select, TopTokens):
+            if self.select.neighbours:
                 raise ValueError('Chunks are chosen once: a policy that keeps whole chunks needs phase="prompt".')
 
     @property
     def needs(self) -> Needs:
         return self.score.needs
+
+    @property
+    def by_position(self) -> bool:
+        return self.select.neighbours
 
     @property
     def update(self) -> Update | None:

@@ -23,7 +23,9 @@ def key_of(pos):
 
 def tokens(starts, counts) -> Tokens:
     """counts[b] tokens from position starts[b] on, then padding."""
-    pos = np.array([[s + t if t < n else EMPTY for t in range(T)] for s, n in zip(starts, counts, strict=True)], np.int32)
+    pos = np.array(
+        [[s + t if t < n else EMPTY for t in range(T)] for s, n in zip(starts, counts, strict=True)], np.int32
+    )
     k = np.broadcast_to(key_of(pos)[:, None], (B, H, T, D))
     k = np.where(pos[:, None, :, None] == EMPTY, np.nan, k).astype(np.float32)
     return Tokens(q=k, k=k, v=-k, q_raw=k, k_raw=k, pos=pos)  # type: ignore[arg-type]
@@ -106,7 +108,9 @@ def test_slots_are_a_list(operations):
 
 
 def test_reserve_adds_empty_slots():
-    layer = append(empty(marks=jnp.zeros((B, H, CAPACITY))), tokens([0, 0], [3, 1]), jnp.tile(jnp.arange(3) * 10.0, (B, H, 1)))
+    layer = append(
+        empty(marks=jnp.zeros((B, H, CAPACITY))), tokens([0, 0], [3, 1]), jnp.tile(jnp.arange(3) * 10.0, (B, H, 1))
+    )
     more = layer.reserve(4)
     assert more.capacity == CAPACITY + 4 and more.marks.shape[-1] == CAPACITY + 4
     assert_holds(more, [[[0, 1, 2]] * H, [[0]] * H])
@@ -154,7 +158,9 @@ def test_a_ring_holds_sinks_and_the_newest(sinks, recent, limited, data):
 
 GROUPS = {"bits": 8, "group": 4, "residual": 4, "scale_dtype": "float32"}
 grouped = jax.jit(lambda k, v, pos: make_grouped(k, v, pos, **GROUPS))
-look = jax.jit(lambda layer: (layer.k.decode(), layer.v.decode(), layer.k_recent, layer.v_recent, layer.order, layer.pos))
+look = jax.jit(
+    lambda layer: (layer.k.decode(), layer.v.decode(), layer.k_recent, layer.v_recent, layer.order, layer.pos)
+)
 
 
 @given(st.lists(COUNTS, max_size=7), st.lists(st.integers(1, 11), min_size=B, max_size=B))
@@ -211,7 +217,9 @@ put, take = jax.jit(put_slots), jax.jit(take_slots)
 @settings(max_examples=15)
 def test_put_and_take(heads, data):
     """An index of S or more writes nothing; one head of indices serves all heads."""
-    index = data.draw(st.lists(st.lists(st.permutations(range(CAPACITY + 3)), min_size=heads, max_size=heads), min_size=B, max_size=B))
+    index = data.draw(
+        st.lists(st.lists(st.permutations(range(CAPACITY + 3)), min_size=heads, max_size=heads), min_size=B, max_size=B)
+    )
     index = np.array(index, np.int32)[:, :, :T]
     leaf = np.zeros((B, H, CAPACITY, D), np.float32)
     value = np.arange(B * H * T * D, dtype=np.float32).reshape(B, H, T, D) + 1

@@ -1,7 +1,7 @@
 """What every method must satisfy (DESIGN.md), over the whole registry and over compositions.
 
-A new method needs no line here: its typical parameters come from the registry, made small by `tests.tiny.SMALL`. Whether it
-equals its paper is the oracles' business (`tests/methods`); whether it gains anything, the evaluation's.
+A new method needs no line here: its typical parameters come from the registry, made small by `tests.tiny.SMALL`.
+Whether it equals its paper is the oracles' business (`tests/methods`); whether it gains anything, the evaluation's.
 """
 
 import dataclasses
@@ -21,7 +21,17 @@ from kvjax.generation.extend import extend_hidden
 from kvjax.generation.prefill import _compress_layer, next_logits
 from kvjax.models.params import AXES
 from tests import tiny
-from tests.tiny import CONFIG, LENGTHS, QUESTION, QUESTION_LENGTHS, TOKENS, assert_same_content, assert_trees_equal, kept, small
+from tests.tiny import (
+    CONFIG,
+    LENGTHS,
+    QUESTION,
+    QUESTION_LENGTHS,
+    TOKENS,
+    assert_same_content,
+    assert_trees_equal,
+    kept,
+    small,
+)
 
 COMPOSITIONS = {
     text.split("(")[0] + " | " + text.split("| ")[-1].split("(")[0] if "|" in text else text.split(",")[0] + ")": text
@@ -185,7 +195,9 @@ def test_fused_prefill_is_observe_then_compress(policy):
     np.testing.assert_array_equal(next_logits(tiny.params(), observed), logits)
 
 
-@pytest.mark.parametrize("name", ["full", "h2o", "streaming_llm", "snapkv | kivi"])  # One of each layout: it takes long.
+@pytest.mark.parametrize(
+    "name", ["full", "h2o", "streaming_llm", "snapkv | kivi"]
+)  # One of each layout: it takes long.
 def test_jit_changes_nothing(name):
     policy = policy_of(name)
 
@@ -224,7 +236,9 @@ def assert_row(policy, cache, logits, row: int, want_row: int):
     want_logits, want_after = extended(policy)
     assert kept(cache, row) == kept(want_cache, want_row)
     valid = QUESTION_LENGTHS[want_row]
-    np.testing.assert_allclose(logits[row, :valid], want_logits[want_row, :valid], atol=50 * EXACT if stored(policy) else EXACT)
+    np.testing.assert_allclose(
+        logits[row, :valid], want_logits[want_row, :valid], atol=50 * EXACT if stored(policy) else EXACT
+    )
 
 
 def test_rows_do_not_see_neighbours_order_or_padding(policy):
@@ -371,7 +385,7 @@ def test_unused_slots_may_hold_anything(policy):
 
 
 def spread(cache: kvjax.Cache, mesh: Mesh, **axes: int) -> kvjax.Cache:
-    """The cache with the given axes of its leaves (name of a mesh axis -> axis of the leaf) over devices, where they divide."""
+    """The cache over a mesh: name of a mesh axis -> axis of the leaves that lies along it, where that divides."""
 
     def place(leaf):
         spec: list[str | None] = [None] * leaf.ndim

@@ -76,7 +76,9 @@ def test_a_cache_answers_many_questions():
         np.testing.assert_array_equal(leaf, was)
 
 
-@pytest.mark.parametrize("text", ["full", "h2o(0.5)", "streaming_llm(20)", "snapkv(0.5, window=4) | kivi(group=16, residual=16)"])
+@pytest.mark.parametrize(
+    "text", ["full", "h2o(0.5)", "streaming_llm(20)", "snapkv(0.5, window=4) | kivi(group=16, residual=16)"]
+)
 def test_stream_is_generate(text):
     policy, prompt = kvjax.parse_policy(text), TOKENS[:1]
     want, _ = kvjax.generate(tiny.params(), CONFIG, policy, prompt, max_new_tokens=NEW)
@@ -92,7 +94,9 @@ def test_stream_is_generate(text):
 
 def test_stop_tokens_end_a_row():
     free, _ = greedy(TOKENS, LENGTHS)
-    stop = (int(free[0, 2]), int(free[1, 5]))
+    # A token that comes up in the middle of a row.
+    middle = next(int(free[i, t]) for i in range(4) for t in range(2, NEW - 1) if free[i, t] not in free[i, :t])
+    stop = (middle, 127)
     out, count = greedy(TOKENS, LENGTHS, stop=stop)
     for row in range(4):
         ends = [t for t in range(NEW) if free[row, t] in stop]
@@ -100,7 +104,7 @@ def test_stop_tokens_end_a_row():
         assert count[row] == n  # The stop token counts.
         np.testing.assert_array_equal(out[row, :n], free[row, :n])
         assert (out[row, n:] == 0).all()
-    assert 3 in count
+    assert ((count > 1) & (count < NEW)).any() and (count == NEW).any()
     streamed = list(stream(tiny.params(), CONFIG, FULL, TOKENS[:1], max_new_tokens=NEW, stop=stop))
     assert streamed == out[0, : count[0]].tolist()
 
@@ -153,7 +157,9 @@ LOGITS = st.lists(st.floats(-8, 8, width=32, allow_subnormal=False), min_size=6,
 allowed = jax.jit(filter_logits, static_argnums=1)
 
 
-@pytest.mark.parametrize("top_k, top_p, min_p", [(3, 1.0, 0.0), (0, 0.7, 0.0), (0, 1.0, 0.2), (4, 0.5, 0.01), (99, 1.0, 0.0), (1, 0.9, 1.0)])
+@pytest.mark.parametrize(
+    "top_k, top_p, min_p", [(3, 1.0, 0.0), (0, 0.7, 0.0), (0, 1.0, 0.2), (4, 0.5, 0.01), (99, 1.0, 0.0), (1, 0.9, 1.0)]
+)
 @given(LOGITS)
 @settings(max_examples=30)
 def test_what_a_sampler_allows(top_k, top_p, min_p, logits):
@@ -287,5 +293,5 @@ def test_what_else_is_refused(model):
 
 
 def test_buckets():
-    assert [bucket(n) for n in (1, 64, 65, 512, 513, 2000)] == [64, 64, 128, 512, 576, 2048]
+    assert [bucket(n) for n in (1, 64, 65, 512, 513, 2000)] == [64, 64, 128, 512, 640, 2048]
     assert all(n <= bucket(n) <= max(64, n * 1.25 + 64) and bucket(bucket(n)) == bucket(n) for n in range(1, 5000))

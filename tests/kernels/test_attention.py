@@ -84,8 +84,16 @@ def test_bfloat16_accumulates_in_float32():
 
 def test_visible():
     q_pos, k_pos = np.array([2, EMPTY, 5]), np.array([0, 2, 4, EMPTY, 6])
-    assert np.asarray(visible(q_pos, k_pos)).tolist() == [[True, True] + [False] * 3, [False] * 5, [True] * 3 + [False] * 2]
-    assert np.asarray(visible(q_pos, k_pos, 2)).tolist() == [[False, True] + [False] * 3, [False] * 5, [False, False, True] + [False] * 2]
+    assert np.asarray(visible(q_pos, k_pos)).tolist() == [
+        [True, True] + [False] * 3,
+        [False] * 5,
+        [True] * 3 + [False] * 2,
+    ]
+    assert np.asarray(visible(q_pos, k_pos, 2)).tolist() == [
+        [False, True] + [False] * 3,
+        [False] * 5,
+        [False, False, True] + [False] * 2,
+    ]
 
 
 def test_a_row_that_sees_nothing_is_zero():

@@ -35,7 +35,9 @@ def tokens(rows, start: int, stop, *, width: int | None = None, q_raw=None, k_ra
             out.append(np.pad(x, ((0, 0), (0, width - x.shape[1]), (0, 0)), constant_values=50.0))
         return jnp.asarray(np.stack(out))
 
-    pos = np.stack([np.where(np.arange(start, start + width) < end, np.arange(start, start + width), EMPTY) for end in stop])
+    pos = np.stack(
+        [np.where(np.arange(start, start + width) < end, np.arange(start, start + width), EMPTY) for end in stop]
+    )
     q, k, v = stack(0), stack(1), stack(2)
     q_raw = q if q_raw is None else stack(0, q_raw)
     k_raw = k if k_raw is None else stack(1, k_raw)

@@ -37,7 +37,7 @@ TOLERANCE = 2e-5  # float32 against float64.
 
 @functools.cache
 def rows():
-    """(q [H, T, D], k, v [Hk, T, D]) of every row: its prompt and the tokens that are decoded. Not rotated, where that matters."""
+    """(q [H, T, D], k, v [Hk, T, D]) of every row, its prompt and the tokens that are decoded; before rotation."""
     rng = np.random.default_rng(0)
 
     def draw(heads, length):
@@ -72,7 +72,12 @@ def decode(policy, cache, sequences, raw=None, options=None):
         apart = [tuple(x[:, n + t : n + t + 1] for x in row) for row, n in zip(raw, LENGTHS, strict=True)]
         new = tokens(ahead, 0, 1, q_raw=[r[0] for r in apart], k_raw=[r[1] for r in apart])
         new = kvjax.cache.Tokens(
-            q=new.q, k=new.k, v=new.v, q_raw=new.q_raw, k_raw=new.k_raw, pos=jnp.asarray(LENGTHS, jnp.int32)[:, None] + t
+            q=new.q,
+            k=new.k,
+            v=new.v,
+            q_raw=new.q_raw,
+            k_raw=new.k_raw,
+            pos=jnp.asarray(LENGTHS, jnp.int32)[:, None] + t,
         )
         out, cache = step(policy, options or spec(DIM), cache, new)
         outputs.append(np.asarray(out))
@@ -89,7 +94,9 @@ def by_expected_attention(q, k, v, raw, budget, **options):
 
 
 def by_snapkv(q, k, v, raw, budget, window=6, width=3, **options):
-    return snapkv.snapkv_kept(snapkv.snapkv_scores(q, k, window=window, width=width, **options), window=window, budget=budget)
+    return snapkv.snapkv_kept(
+        snapkv.snapkv_scores(q, k, window=window, width=width, **options), window=window, budget=budget
+    )
 
 
 def chunks_that_fit(length: int, chunk: int, budget: int, best: list[int]) -> int:
@@ -163,10 +170,15 @@ def test_scale_and_softcap_reach_the_scores():
             else:
                 want = by_snapkv(q, k, v, None, BUDGET, **options)
             np.testing.assert_array_equal(kept(cache, row), want)
+        if text == "h2o":  # In decoding too.
+            outputs, _ = decode(kvjax.policy("h2o", BUDGET), cache, rotated(), options=spec(DIM, **options))
+            for row, length in enumerate(LENGTHS):
+                want = h2o.h2o_decode(*rotated()[row], prompt=length, heavy=6, recent=6, **options)
+                np.testing.assert_allclose(outputs[row], want.outputs, atol=TOLERANCE)
 
 
 def test_the_second_of_two_sees_what_the_first_has_left():
-    """`snapkv | knorm` is knorm on snapkv's tokens; `knorm | tova(prompt)` takes attention over knorm's tokens alone."""
+    """`snapkv | knorm` is knorm on snapkv's tokens; the mean key of `knorm | keydiff` is that of knorm's tokens."""
     both = compress(kvjax.parse_policy("snapkv(20, window=6, pool=3) | knorm(9)"), spec(DIM), prompt(rotated()))
     late = compress(kvjax.parse_policy("knorm(20) | keydiff(9)"), spec(DIM), prompt(rotated()))
     for row in (0, 1):
@@ -179,17 +191,43 @@ def test_the_second_of_two_sees_what_the_first_has_left():
         np.testing.assert_array_equal(kept(late, row), np.take_along_axis(first, keydiff.keydiff_kept(left, 9), 1))
 
 
+@pytest.mark.parametrize("phase", ["prompt", "step"])
+def test_heads_that_hold_different_tokens_rank_their_own(phase):
+    """`knorm | tova`: an average over heads needs the same tokens in all of them; else each KV head has its own."""
+    policy = kvjax.parse_policy(f"knorm(20) | tova(9, phase={phase!r})")
+    cache = compress(policy, spec(DIM), prompt(rotated()))
+    outputs, caches = decode(policy, cache, rotated())
+    for row in (0, 1):
+        for h in range(KV_HEADS):  # As if the head and its queries were alone.
+            q, k, v = (x[h * n : (h + 1) * n] for x, n in zip(rotated()[row], (2, 1, 1), strict=True))
+            length = LENGTHS[row]
+            held = knorm.knorm_kept(k[:, :length], 20)[0]
+            newest = held[-1] == length - 1  # Protected, unless knorm has taken it.
+            held = held[tova.tova_kept(tova.tova_scores(q[:, :length], k[:, held], keep_last=newest), 9)[0]]
+            np.testing.assert_array_equal(kept(cache, row)[h], held)
+            for t in range(STEPS):
+                held, now = np.append(held, length + t), q[:, length + t : length + t + 1]
+                want = attention(now, k[:, held], v[:, held])
+                np.testing.assert_allclose(outputs[row, 2 * h : 2 * h + 2, t : t + 1], want, atol=TOLERANCE)
+                if phase == "step":
+                    held = held[tova.tova_kept(tova.tova_scores(now, k[:, held]), 9)[0]]
+                np.testing.assert_array_equal(kept(caches[t], row)[h], held)
+
+
 def test_random_is_uniform_and_its_own_in_every_head_and_layer():
     new = prompt(rotated())
-    found = [[kept(compress(kvjax.policy("random", 10, seed=s), spec(DIM), new, layer=i, layers=2), 0) for i in range(2)] for s in range(3)]
+    found = [
+        [kept(compress(kvjax.policy("random", 10, seed=s), spec(DIM), new, layer=i, layers=2), 0) for i in range(2)]
+        for s in range(3)
+    ]
     assert len({row.tobytes() for seed in found for layer in seed for row in layer}) == 3 * 2 * KV_HEADS
-    # The draw of a position depends on nothing but seed, layer, head and position: the oracle with the same noise agrees.
+    # A draw depends on seed, layer, head and position alone: the oracle with the same noise agrees.
     keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), KV_HEADS)
     noise = [[float(jax.random.uniform(jax.random.fold_in(key, p))) for p in range(LENGTHS[0])] for key in keys]
     np.testing.assert_array_equal(found[0][0], random_keep.random_kept(np.array(noise), 10))
 
 
-# --- Decoding, with evictions at every step ----------------------------------------------------------------------------
+# --- Decoding, with evictions at every step ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recent", [0.5, 3])
@@ -226,7 +264,9 @@ def test_tova_every_four_steps():
         held = tova.tova_kept(tova.tova_scores(q[:, :length], k[:, :length]), BUDGET)[0]
         for t in range(STEPS):
             held, now = np.append(held, length + t), q[:, length + t : length + t + 1]
-            np.testing.assert_allclose(outputs[row, :, t : t + 1], attention(now, k[:, held], v[:, held]), atol=TOLERANCE)
+            np.testing.assert_allclose(
+                outputs[row, :, t : t + 1], attention(now, k[:, held], v[:, held]), atol=TOLERANCE
+            )
             if len(held) >= BUDGET + 4:
                 held = held[tova.tova_kept(tova.tova_scores(now, k[:, held]), BUDGET)[0]]
             np.testing.assert_array_equal(kept(caches[t], row), np.tile(held, (KV_HEADS, 1)))
@@ -343,11 +383,11 @@ def test_kivi(bits):
             np.testing.assert_array_equal(found.v_recent[row, :, t % 16], v[:, t].astype(np.float32))
 
 
-# --- Budgets of layers --------------------------------------------------------------------------------------------------
+# --- Budgets of layers ------------------------------------------------------------------------------------------------
 
 
 def test_pyramid_budgets():
-    """The oracle's (kvpress') arithmetic sequence, but never more than there is: each too much is taken from an early layer."""
+    """The oracle's (kvpress') arithmetic sequence; what its roundings spend too much is taken from early layers."""
     compared = 0
     for layers in (1, 2, 3, 12, 32):
         for length in (64, 200, 4096):

@@ -37,7 +37,9 @@ def test_snapkv():
         assert_kept(run("snapkv(76)", entries)[0], data[f"{tag}_kept"])
 
 
-@pytest.mark.parametrize("tag, text", [("avg_b1_mha_w16", "snapkv(48, window=16)"), ("max_b1_mha", "snapkv(64, pool=7, kind='max')")])
+@pytest.mark.parametrize(
+    "tag, text", [("avg_b1_mha_w16", "snapkv(48, window=16)"), ("max_b1_mha", "snapkv(64, pool=7, kind='max')")]
+)
 def test_snapkv_of_the_authors(tag, text):
     """Multi-head: with grouped queries they choose per query head, we per KV head."""
     found = kept(run(text, 1, 8)[0], 0, 8)
@@ -88,7 +90,7 @@ def test_expected_attention(tag):
     ],
 )
 def test_chunkkv(tag, text):
-    """With kvpress' number of chunks. Its batches take the chunks of entry 0 for all; here they are the window for both."""
+    """With kvpress' number of chunks. Its batches take entry 0's chunks for all; here they are the window for both."""
     want = golden("eviction_merging/chunkkv")[f"{tag}_kept"]
     cache, _ = run(text, len(want))
     for entry in range(len(want)):
@@ -103,7 +105,7 @@ def budgets(parts: dict[str, float]) -> list[int]:
 
 
 def test_pyramidkv_budgets():
-    """kvpress rounds every layer by itself and may spend a few slots more than there are; we take those from early layers."""
+    """kvpress rounds every layer by itself and may spend a few slots too many; we take those from early layers."""
     data = golden("eviction_merging/pyramidkv")
     for name in (name for name in data if name.startswith("budget_")):
         parts = {part.rstrip("0123456789."): float(part.lstrip("LTrwbeta")) for part in name.split("_")[1:]}
@@ -114,7 +116,9 @@ def test_pyramidkv_budgets():
 
 
 @pytest.mark.parametrize("layer", range(4))
-@pytest.mark.parametrize("tag, text", [("r0.6_w8_beta5", "pyramidkv(0.4, window=8, beta=5)"), ("r0.5_w32", "pyramidkv(0.5)")])
+@pytest.mark.parametrize(
+    "tag, text", [("r0.6_w8_beta5", "pyramidkv(0.4, window=8, beta=5)"), ("r0.5_w32", "pyramidkv(0.5)")]
+)
 def test_pyramidkv(tag, text, layer):
     want = np.sort(golden("eviction_merging/pyramidkv")[f"{tag}_l{layer}_kept"][0], -1)
     found = kept(run(text, 1, layer=layer, layers=4)[0], 0, 4)
@@ -122,7 +126,9 @@ def test_pyramidkv(tag, text, layer):
     assert all(set(a) <= set(b) for a, b in zip(found, want, strict=True))
 
 
-@pytest.mark.parametrize("tag, heavy, recent", [("hh20_rec20", 20, 20), ("hh40_rec8", 40, 8), ("short24_hh6_rec6", 6, 6)])
+@pytest.mark.parametrize(
+    "tag, heavy, recent", [("hh20_rec20", 20, 20), ("hh40_rec8", 40, 8), ("short24_hh6_rec6", 6, 6)]
+)
 def test_h2o(tag, heavy, recent):
     """The authors' real-drop variant, which cannot run grouped queries, prompt and every decoding step."""
     data = golden("eviction_merging/h2o_realdrop")

@@ -76,7 +76,13 @@ def test_a_budget_is_one_thing():
 LENGTHS = st.lists(st.integers(1, 4000), min_size=1, max_size=4)
 
 
-@given(LENGTHS, st.integers(1, 40), st.integers(1, 64), st.floats(1, 50), st.one_of(st.integers(1, 5000), st.floats(0.01, 1)))
+@given(
+    LENGTHS,
+    st.integers(1, 40),
+    st.integers(1, 64),
+    st.floats(1, 50),
+    st.one_of(st.integers(1, 5000), st.floats(0.01, 1)),
+)
 @settings(max_examples=300)
 def test_layers_share_a_budget_and_never_exceed_it(lengths, layers, least, beta, budget):
     lengths = np.array(lengths)
@@ -84,10 +90,10 @@ def test_layers_share_a_budget_and_never_exceed_it(lengths, layers, least, beta,
     for allocate in (Uniform(), Pyramid(beta)):
         slots = allocate(mean, lengths, layers, least)
         assert slots.shape == (layers, len(lengths)) and (slots <= lengths).all() and (slots >= 0).all()
-        assert (slots.sum(0) <= mean * layers + 1e-2).all()
+        assert (slots.sum(0) <= (mean + 1e-3) * layers).all()  # The float error that is forgiven.
         if isinstance(allocate, Pyramid) and layers > 1:
             pyramid = slots.min(0) < slots.max(0)
-            assert (slots[:, pyramid].min(0) >= np.minimum(least, 10**9)).all() if pyramid.any() else True
+            assert (slots[:, pyramid] >= least).all()
             # Never more in a later layer, but for slots that rounding took from the first ones.
             assert (np.diff(slots, axis=0) <= 1).all()
 
@@ -115,7 +121,8 @@ def test_parsing_is_calling():
         "chunkkv(0.25, score=knorm)": kvjax.policy("chunkkv", 0.25, score="knorm"),
         "chunkkv(0.25, score=snapkv(window=8))": kvjax.policy("chunkkv", 0.25, score="snapkv(window=8)"),
         "snapkv(0.25) | kivi(bits=4)": kvjax.policy("snapkv", 0.25) | kvjax.policy("kivi", bits=4),
-        "snapkv(0.5) | knorm(0.25) | int8": kvjax.policy("snapkv", 0.5) | (kvjax.policy("knorm", 0.25) | kvjax.policy("int8")),
+        "snapkv(0.5) | knorm(0.25) | int8": kvjax.policy("snapkv", 0.5)
+        | (kvjax.policy("knorm", 0.25) | kvjax.policy("int8")),
     }
     for text, policy in same.items():
         assert kvjax.parse_policy(text) == policy and hash(kvjax.parse_policy(text)) == hash(policy)
@@ -155,7 +162,11 @@ def test_the_parts_of_a_composition():
     assert policy.needs.window == 8 and policy.needs.column_sums
     assert str(policy) == "snapkv(0.5, window=8) | h2o(0.25) | int4"
     assert not kvjax.policy("streaming_llm", 8).acts_every_step  # A ring forgets by itself, whatever the chunk.
-    assert str(Phase()) == "end of prompt" and str(Phase("step")) == "every step" and str(Phase("step", 8)) == "every 8 steps"
+    assert (
+        str(Phase()) == "end of prompt"
+        and str(Phase("step")) == "every step"
+        and str(Phase("step", 8)) == "every 8 steps"
+    )
 
 
 REFUSED = [
@@ -189,10 +200,14 @@ REFUSED = [
     ("kivi | snapkv(0.5)", "evict first, then store: write snapkv\\(0.5\\) \\| kivi"),
     ("h2o(0.5) | kivi", 'packs groups of tokens.*phase="prompt".*int8, int4, fp8'),
     ("streaming_llm(0.5) | kivi", "packs groups of tokens"),
-    ("snapkv(0.5) | window(0.25)", "a ring of recent tokens follows an eviction.*Use one of the two"),
+    ("snapkv(0.5) | window(0.25)", "goes by the order of tokens.*follows an eviction.*use one of the two"),
+    ("snapkv(0.5) | chunkkv(0.25)", "goes by the order of tokens.*chunks of neighbours.*use one of the two"),
     ("h2o(0.5) | snapkv(0.25)", "goes on acting while decoding is followed by another.*must come last"),
     ("window(64) | snapkv(32)", "must come last"),
-    ("snapkv(0.25) | knorm(0.25)", "the second budget \\(0.25\\) is not below the first \\(0.25\\).*Give the later one less"),
+    (
+        "snapkv(0.25) | knorm(0.25)",
+        "the second budget \\(0.25\\) is not below the first \\(0.25\\).*Give the later one less",
+    ),
     ("snapkv(128) | knorm(256)", "the second budget \\(256\\) is not below the first \\(128\\)"),
     ("snapkv('64KiB') | knorm(0.25)", "bytes can only bound the last policy"),
 ]
@@ -220,7 +235,11 @@ def test_a_score_that_cannot_be_kept_up_is_refused():
 @pytest.mark.parametrize(
     "text, length, message",
     [
-        ("snapkv(0.25, window=32)", 100, "leaves 25 of 100 tokens in layer 0, and the method needs at least 32. Give it more"),
+        (
+            "snapkv(0.25, window=32)",
+            100,
+            "leaves 25 of 100 tokens in layer 0, and the method needs at least 32. Give it more",
+        ),
         ("streaming_llm(4)", 100, "needs at least 5"),
         ("chunkkv(10, chunk=20, score=knorm)", 100, "needs at least 20"),
         ("expected_attention(3)", 100, "needs at least 4"),
@@ -261,7 +280,9 @@ def test_every_row_has_its_own_slots():
     assert plan("full", lengths).slots(jnp.asarray(lengths)).shape == (2, 0, 3)
 
 
-@pytest.mark.parametrize("text", ["knorm({})", "h2o({})", "window({})", "snapkv({}, window=4) | int8", "knorm(0.9) | keydiff({})"])
+@pytest.mark.parametrize(
+    "text", ["knorm({})", "h2o({})", "window({})", "snapkv({}, window=4) | int8", "knorm(0.9) | keydiff({})"]
+)
 @pytest.mark.parametrize("size", [9_000, 12_345])
 def test_bytes_become_the_most_tokens_that_fit(text, size):
     def cost(budget):

@@ -1,0 +1,135 @@
+"""Samples are what they say: lengths, needles, the same for the same seed; files are read, or refused by line."""
+
+import json
+
+import pytest
+
+import kvjax
+from kvjax.checkpoints import Tokenizer
+from kvjax.evaluation import make_task
+from kvjax.evaluation.tasks import Needle, Perplexity, library_text, read_json_lines, split_answers
+
+
+class Letters:
+    """Every character is a token, in the place of a `tokenizers.Tokenizer`; ids are code points."""
+
+    def encode(self, text, add_special_tokens=False):
+        return type("Encoding", (), {"ids": [ord(letter) for letter in text]})
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(map(chr, ids))
+
+
+@pytest.fixture(scope="module")
+def model():
+    from tests import tiny
+
+    return kvjax.Model({}, tiny.CONFIG, Tokenizer(Letters(), bos_id=1, eos_ids=()))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("needles", [1, 3])
+def test_needles_lie_where_they_should(model, needles):
+    task = Needle(context=1500, count=4, needles=needles)
+    samples = task.samples(model)
+    assert len(samples) == 4 * needles
+    depths = []
+    for sample in samples:
+        assert len(sample.context_ids) == 1500
+        text = "".join(map(chr, sample.context_ids[1:]))
+        number = sample.info["answer"]
+        assert text.count("special magic number") == needles and text.count(number) == 1
+        assert sample.question_ids[-1] == ord(" ")
+        (answer,) = sample.answers
+        assert "".join(map(chr, answer)) == number and len(number) == 7
+        depths.append(sample.info["depth"])
+        assert abs(text.index(number) / len(text) - sample.info["depth"]) < 0.2
+    assert min(depths) < 0.2 and max(depths) > 0.8
+    assert len({len(sample.question_ids) for sample in samples}) == 1
+
+
+def test_samples_follow_the_seed(model):
+    def made(seed):
+        return Needle(context=600, count=2, seed=seed).samples(model)
+
+    assert made(0) == made(0) != made(1)
+
+
+def test_perplexity_goes_on_where_the_context_ends(model):
+    for sample in Perplexity(context=100, count=3, continuation=20).samples(model):
+        (answer,) = sample.answers
+        text = "".join(map(chr, sample.context_ids[1:] + sample.question_ids + answer))
+        assert text in library_text() and len(sample.context_ids) == 100 and len(answer) == 19
+
+
+def test_an_answer_begins_where_its_tokens_do(model):
+    question, answers = split_answers(model.tokenizer, "Where? ", ["here", "there"])
+    assert "".join(map(chr, question)) == "Where? " and ["".join(map(chr, a)) for a in answers] == ["here", "there"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"name": "needl"}, "no task 'needl'"),
+        ({"name": "needle", "count": 0}, "samples must be at least 1"),
+        ({"name": "needle", "needles": 99}, "cities"),
+        ({"name": "ppl", "needles": 2}, "parameter of the task needle"),
+        ({"name": "ppl", "context": 0}, "context must be at least"),
+    ],
+)
+def test_bad_tasks(parameters, message):
+    with pytest.raises(ValueError, match=message):
+        make_task(**parameters)
+
+
+def test_a_context_too_short_for_its_needles(model):
+    with pytest.raises(ValueError, match="no room"):
+        Needle(context=40).samples(model)
+
+
+def test_text_without_a_tokenizer(model):
+    with pytest.raises(ValueError, match="no tokenizer"):
+        Needle().samples(kvjax.Model({}, model.config))
+
+
+IDS = {"context_ids": [1, 2, 3], "question_ids": [4], "answer_ids": [5, 6]}
+
+
+def test_rows_of_ids_and_of_text(model, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    text = {"id": "t", "context": "abc", "question": "d?", "answers": ["e", "f"]}
+    path.write_text("\n".join([json.dumps(IDS), "", json.dumps(text), json.dumps(IDS | {"answer_ids": [[5], [6, 7]]})]))
+    ids, text, several = make_task(str(path)).samples(model)
+    assert (ids.context_ids, ids.question_ids, ids.answers) == ((1, 2, 3), (4,), ((5, 6),))
+    assert several.answers == ((5,), (6, 7)) and [s.id for s in (ids, text, several)] == ["1", "t", "4"]
+    assert text.context_ids == (1, *map(ord, "abc")) and text.question_ids == (ord("d"), ord("?"))
+    assert text.answers == ((ord(" "), ord("e")), (ord(" "), ord("f")))
+    assert len(make_task(str(path), count=2).samples(model)) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", ":2: not valid JSON"),
+        ("[1]", ":2: a row is an object"),
+        ('{"context": "a", "question": "b"}', ":2: answers missing"),
+        ('{"context": "", "question": "b", "answers": ["c"]}', ":2: context must be text, and not empty"),
+        ('{"context": "a", "question": "b", "answers": []}', ":2: answers must be text or a list"),
+        (
+            '{"context_ids": [1.5], "question_ids": [1], "answer_ids": [1]}',
+            ":2: context_ids must be a list of token ids",
+        ),
+        ('{"id": 1, "context_ids": [1], "question_ids": [1], "answer_ids": [1]}', ":2: id '1' is the id of line 1"),
+    ],
+)
+def test_bad_rows_are_named_by_line(tmp_path, line, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(IDS) + "\n" + line)
+    with pytest.raises(ValueError, match=message):
+        read_json_lines(str(path))
+
+
+def test_ids_beyond_the_vocabulary(model, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(IDS | {"answer_ids": [10**6]}))
+    with pytest.raises(ValueError, match=":1: token id 1000000 is out of range"):
+        make_task(str(path)).samples(model)

@@ -1,0 +1,130 @@
+"""The command as people run it: in a process of its own, with what it prints and its exit code."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY = str(ROOT / "tests" / "data" / "families" / "gemma3")  # Random weights, 128 tokens, no tokenizer.
+
+
+def kvjax(*args: str, folder: Path = ROOT, stdin: str = "") -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200", "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, "-m", "kvjax", *args], cwd=folder, env=environment, capture_output=True, text=True, input=stdin
+    )
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = [
+        {"context_ids": [(7 * i + n) % 126 + 2 for n in range(40)], "question_ids": [5, 6], "answer_ids": [7, 8]}
+        for i in range(2)
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return str(path)
+
+
+def test_help_teaches():
+    done = kvjax("--help")
+    assert done.returncode == 0 and all(
+        name in done.stdout for name in ("compare", "eval", "generate", "bench", "methods")
+    )
+    assert "Examples" in kvjax("compare", "--help").stdout
+
+
+def test_methods():
+    listed = json.loads(kvjax("methods", "--json").stdout)
+    assert {"full", "snapkv", "kivi"} <= {row["name"] for row in listed}
+    assert all(row["paper"] and row["url"] and row["phase"] and row["store"] for row in listed)
+    table = kvjax("methods").stdout
+    assert all(row["name"] in table and row["url"] in table for row in listed)
+    assert "window: Queries at the end of the prompt" in kvjax("methods", "snapkv").stdout
+
+
+def test_compare(rows, tmp_path):
+    command = [
+        "compare",
+        "--model",
+        TINY,
+        "--task",
+        rows,
+        "--policies",
+        "full; knorm(0.5); int4(group=16)",
+        "--out",
+        "out",
+    ]
+    done = kvjax(*command, "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)["summary"]
+    assert [row["policy"] for row in summary] == ["full", "knorm(0.5)", "int4(group=16)"]
+    assert summary[1]["nbytes"] < summary[0]["nbytes"]
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(written) == 6 and (tmp_path / "out" / "pareto.png").stat().st_size > 0
+
+    again = kvjax(*command, folder=tmp_path)
+    assert "6 rows are there" in again.stderr and "knorm(0.5)" in again.stdout
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == written
+
+    other = kvjax(*command, "--protocol", "agnostic", folder=tmp_path)
+    assert other.returncode == 2 and "other settings (protocol)" in other.stderr
+
+
+def test_eval_and_bench(rows, tmp_path):
+    done = kvjax("eval", "knorm(0.5)", "--model", TINY, "--tasks", rows, "--no-speed", "--out", "out", folder=tmp_path)
+    assert done.returncode == 0 and "knorm(0.5)" in done.stdout, done.stderr
+    done = kvjax("bench", "--model", TINY, "--policies", "knorm(8)", "--contexts", "32,64", "--tokens", "4", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [(row["policy"], row["context"]) for row in json.loads(done.stdout)] == [
+        ("full", 32),
+        ("knorm(8)", 32),
+        ("full", 64),
+        ("knorm(8)", 64),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["methods", "snapk"], "Unknown method 'snapk'. Did you mean snapkv"),
+        (["compare", "--policies", "snapkv(0.25); snapk(0.5)"], "Unknown method 'snapk'"),
+        (["compare", "--policies", "snapkv(0.25, windw=3)"], "no parameter 'windw'"),
+        (["compare", "--policies", "kivi | snapkv(0.25)"], "evict first"),
+        (["compare", "--task", "needles"], "no task 'needles'"),
+        (["compare", "--model", "gemma3-270"], "Did you mean gemma3-270m"),
+        (["compare", "--model", TINY], "has no tokenizer"),
+        (["compare", "--out", "/proc/nowhere"], "Cannot write to the folder /proc/nowhere"),
+        (["compare", "--samples", "0"], "samples must be at least 1"),
+        (["generate", "--policy", "full", ""], "prompt is empty"),
+        (["generate", "hello", "--temperature", "-1"], "temperature"),
+        (["generate", "hello", "--model", TINY], "no tokenizer"),
+        (["bench", "--contexts", "12,x"], "numbers separated by commas"),
+        (["bench", "--model", TINY, "--contexts", "1000"], "the model's context is 256"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(command, message, tmp_path):
+    done = kvjax(*command, folder=tmp_path)
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_a_policy_the_prompt_cannot_serve(rows, tmp_path):
+    done = kvjax("compare", "--model", TINY, "--task", rows, "--policies", "snapkv(8)", folder=tmp_path)
+    assert done.returncode == 2 and "needs at least" in done.stderr
+    done = kvjax(
+        "compare", "--model", TINY, "--task", rows, "--policies", "kivi(group=64, residual=64)", folder=tmp_path
+    )
+    assert done.returncode == 2 and "head_dim" in done.stderr
+
+
+@pytest.mark.slow
+def test_generate(gemma):
+    done = kvjax("generate", "-", "--policy", "int8", "-n", "8", stdin="The capital of France is")
+    assert done.returncode == 0 and "France" in done.stdout, done.stderr
+    assert "cache after them" in done.stderr and "int8" in done.stderr
