@@ -88,9 +88,7 @@ def _in_tokens(policy: Policy, config: Config, length: int, dtype: Any) -> Polic
         return Policy(stages=(*before, stage), store=policy.store, read=policy.read, label=policy.label)
 
     def size(tokens: int) -> int:
-        cache = abstract_cache(plan(with_tokens(tokens), config, length, dtype), config, 1, dtype)
-        # A policy that evicts at every step needs one more slot as soon as a token is added: it counts.
-        return tree_nbytes(jax.eval_shape(lambda cache: cache.reserve(1), cache) if policy.acts_every_step else cache)
+        return nbytes(plan(with_tokens(tokens), config, length, dtype), config, dtype)
 
     low, high = last.least, length
     if size(low) > allowed:
@@ -102,6 +100,15 @@ def _in_tokens(policy: Policy, config: Config, length: int, dtype: Any) -> Polic
         middle = (low + high + 1) // 2
         low, high = (middle, high) if size(middle) <= allowed else (low, middle - 1)
     return with_tokens(low)
+
+
+def nbytes(plan: Plan, config: Config, dtype: Any) -> int:
+    """Bytes of the cache of one sequence.
+
+    A policy that evicts at every step needs one more slot as soon as a token is added; that slot counts.
+    """
+    cache = abstract_cache(plan, config, 1, dtype)
+    return tree_nbytes(jax.eval_shape(lambda cache: cache.reserve(1), cache) if plan.policy.acts_every_step else cache)
 
 
 @typing.no_type_check

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 
 import kvjax
 from kvjax.policies import Budget, Evict, Phase, Policy, Pyramid, Ring, Uniform, as_policy
-from kvjax.policies.plan import abstract_cache
+from kvjax.policies.plan import abstract_cache, nbytes
 from kvjax.policies.score import KeyNorm, WindowAttention
 from tests import tiny
 from tests.tiny import CONFIG, small
@@ -286,7 +286,7 @@ def test_every_row_has_its_own_slots():
 @pytest.mark.parametrize("size", [9_000, 12_345])
 def test_bytes_become_the_most_tokens_that_fit(text, size):
     def cost(budget):
-        return abstract_cache(plan(text.format(budget), 48), CONFIG, 1, jnp.float32).nbytes
+        return nbytes(plan(text.format(budget), 48), CONFIG, jnp.float32)
 
     tokens = plan(text.format(f"'{size}B'"), 48).policy.stages[-1].budget.tokens
     assert cost(tokens) <= size
