@@ -159,7 +159,7 @@ PANELS = {
     ),
     "perplexity": (
         Panel("perplexity", "perplexity of the continuation"),
-        Panel("kl", "KL to the full cache, nats per token"),
+        Panel("kl", "KL to the full cache, nats per token", log=False),
     ),
 }
 INK, MUTED, FRONT, POINT = "#1f2933", "#7b8794", "#d9480f", "#1971c2"
@@ -199,7 +199,7 @@ def plot(summaries: Sequence[Row], path: pathlib.Path, heading: str = "") -> Non
 
 
 def _points(panel: Panel, summaries: Sequence[Row]) -> list[tuple[float, float]]:
-    # A logarithmic axis has no zero: the full cache's divergence from itself is drawn at the bottom.
+    # A logarithmic axis has no zero: what rounds to it is drawn at the bottom.
     values = [panel.scale * row[panel.key] for row in summaries]
     least = min((value for value in values if value > 0), default=1.0) / 2 if panel.log else -math.inf
     return [(row["nbytes"] / 1e6, max(value, least)) for row, value in zip(summaries, values, strict=True)]

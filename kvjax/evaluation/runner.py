@@ -5,11 +5,13 @@ right answer, would greedy decoding write it, and how far are predictions from t
 would write?
 """
 
+import concurrent.futures
 import dataclasses
 import datetime
 import functools
 import itertools
 import math
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -32,6 +34,7 @@ from kvjax.models.transformer import unembed
 from kvjax.policies import Needs, Observed, Plan, Policy, PolicyError, abstract_cache, compress, parse_policy, plan
 
 TIMED_ROUNDS = 3  # Decoding is timed so often; the fastest counts.
+COMPILERS = 4  # At most so many compilations at a time: each needs memory.
 Progress = Callable[[int, int, str], None]
 
 
@@ -203,12 +206,17 @@ def run(
     rows, total = list(rows), len(cases) * len(settings.policies)
     done = {row["sample"] for row in rows}
     speeds: dict[tuple[int, int], list[float]] = {}
+    warm: set[tuple[int, int]] = set()
     todo = [case for case in cases if case.sample.id not in done]
     # Questions about one context follow one another: they share its prefill, unless they are part of it.
     for prompt, group in itertools.groupby(todo, key=lambda case: case.prompt):
         progress(len(rows), total, "prefill")
         observed = _observe(model, prompt, settings.policies)
         for case in group:
+            if case.shape not in warm:
+                progress(len(rows), total, "compiling")
+                _compile(model, observed, case, settings)
+                warm.add(case.shape)
             mine = []
             for measured in _ask(model, observed, case, settings):
                 mine.append(measured)
@@ -241,8 +249,7 @@ def _ask(model: Model, observed: Observed, case: Case, settings: Settings) -> It
     """One row per policy: the full cache's first, whose continuation the others are led along."""
     continuation, reference = [], jnp.zeros(())
     for policy in settings.policies:
-        tight = plan(policy, model.config, len(case.prompt), _dtype(model))
-        cache = _ready(_wide(tight, observed), observed, case.room)
+        tight, cache = _compressed(model, observed, case, policy)
         if not continuation:
             ids, _ = greedy(model, *_question(model, cache, case), case.tokens)
             continuation = np.asarray(ids)[0].tolist()
@@ -273,12 +280,30 @@ def _decode_speeds(model: Model, observed: Observed, case: Case, settings: Setti
     """Tokens per second of every policy's compiled decode loop, by turns: a busy moment does not hit one alone."""
 
     def timed(policy: Policy) -> float:
-        tight = plan(policy, model.config, len(case.prompt), _dtype(model))
-        asked = _question(model, _ready(_wide(tight, observed), observed, case.room), case)
-        return case.tokens / greedy(model, *asked, case.tokens)[1]
+        _, cache = _compressed(model, observed, case, policy)
+        return case.tokens / greedy(model, *_question(model, cache, case), case.tokens)[1]
 
-    rounds = [[timed(policy) for policy in settings.policies] for _ in range(1 + TIMED_ROUNDS)]
-    return [max(speeds) for speeds in zip(*rounds[1:], strict=True)]  # The first round compiles.
+    rounds = [[timed(policy) for policy in settings.policies] for _ in range(TIMED_ROUNDS)]
+    return [max(speeds) for speeds in zip(*rounds, strict=True)]
+
+
+def _compile(model: Model, observed: Observed, case: Case, settings: Settings) -> None:
+    """Runs every policy once. One compilation keeps one core busy, so several run at a time."""
+
+    def once(policy: Policy) -> None:
+        _, cache = _compressed(model, observed, case, policy)
+        asked = _question(model, cache, case)
+        if settings.speed or policy == settings.policies[0]:
+            greedy(model, *asked, case.tokens)
+
+    with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, COMPILERS)) as pool:
+        list(pool.map(once, settings.policies))
+
+
+def _compressed(model: Model, observed: Observed, case: Case, policy: Policy) -> tuple[Plan, Cache]:
+    """The plan for this prompt alone, and a cache that was compressed by it, with room for what comes after."""
+    tight = plan(policy, model.config, len(case.prompt), _dtype(model))
+    return tight, _ready(_wide(tight, observed), observed, case.room)
 
 
 _next_logits = jax.jit(unembed, static_argnames="config")
