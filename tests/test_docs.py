@@ -1,0 +1,39 @@
+"""What the documentation says of the code is true."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+import kvjax
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_method_table_is_up_to_date():
+    table = runpy.run_path(str(ROOT / "scripts" / "make_method_table.py"))["table"]
+    assert (ROOT / "docs" / "methods.md").read_text() == table(), "run python scripts/make_method_table.py"
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_readme_policies_can_be_built():
+    texts = re.findall(r"`([a-z_0-9]+\([^`]*\)(?: \| [a-z_0-9]+\([^`]*\))*)`", (ROOT / "README.md").read_text())
+    policies = [text for text in texts if text.split("(")[0] in kvjax.methods()]
+    assert policies
+    for text in policies:
+        kvjax.parse_policy(text.replace("\\|", "|"))
+
+
+@pytest.mark.slow
+def test_first_lines_of_the_readme_run(gemma, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(kvjax, "load", lambda name: gemma)
+    exec(code_blocks("python")[0], {})
+    size, answers = capsys.readouterr().out.split("\n", 1)
+    compressed, full = (int(word.replace(",", "")) for word in re.findall(r"[\d,]+", size))
+    assert compressed < 0.8 * full
+    assert answers.strip()
