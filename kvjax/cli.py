@@ -354,7 +354,7 @@ def generate(
         kvjax.plan(chosen, config, length, loaded.params["embed"].dtype)
     assert loaded.tokenizer is not None
     logits, cache = prefill_logits(loaded.params, config, chosen, tokens, lengths)
-    size = f"{cache.nbytes / 1e6:.2f} MB, {cache.compression:.2f}x smaller than a full bfloat16 cache"
+    size = f"{cache.nbytes / 1e6:.2f} MB, {cache.compression:.2f}x compression against a full bfloat16 cache"
     ids = stream_on(
         loaded.params,
         config,
