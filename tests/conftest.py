@@ -1,10 +1,13 @@
 """What every test runs under: eight CPU devices, one compilation cache, hardware tests skipped where there is none."""
 
+import gc
 import os
 from pathlib import Path
 
 # Through the environment, so that commands which tests start share it. A second run of the suite compiles little.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
+# One folder per process: JAX does not write its files atomically.
+folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", Path(__file__).parents[1] / ".cache" / "jax"))
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / os.environ.get("PYTEST_XDIST_WORKER", ""))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import hypothesis
@@ -23,6 +26,14 @@ def pytest_runtest_setup(item):
     for kind in ("gpu", "tpu"):
         if item.get_closest_marker(kind) and jax.default_backend() != kind:
             pytest.skip(f"needs a {kind.upper()}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compilations():
+    """Every compiled function holds memory maps, of which a process may have 65,530: thousands of them end in a crash."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
