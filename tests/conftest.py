@@ -6,8 +6,10 @@ from pathlib import Path
 
 # Through the environment, so that commands which tests start share it. A second run of the suite compiles little.
 # One folder per process: JAX does not write its files atomically.
-folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", Path(__file__).parents[1] / ".cache" / "jax"))
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / os.environ.get("PYTEST_XDIST_WORKER", ""))
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
+    os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax")),
+    os.environ.get("PYTEST_XDIST_WORKER", ""),
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import hypothesis
@@ -30,7 +32,7 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_compilations():
-    """Every compiled function holds memory maps, of which a process may have 65,530: thousands of them end in a crash."""
+    """Every compiled function holds memory maps, of which a process may have 65,530: too many end in a crash."""
     yield
     jax.clear_caches()
     gc.collect()
