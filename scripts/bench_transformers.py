@@ -162,7 +162,7 @@ def run_transformers(cell: dict, repeats: int) -> list[float]:
 def run_cell(library: str, cell: dict, repeats: int, threads: int) -> dict:
     """One cell in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, __file__, "--cell", json.dumps(cell), "--library", library, "--repeats", str(repeats)]
+    command = [sys.executable, __file__, "--cell", json.dumps(cell), "--side", library, "--repeats", str(repeats)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{library} {cell} failed:\n{done.stderr[-2000:]}")
@@ -176,10 +176,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--ours", action="store_true", help="only kvjax's own comparisons")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
-    parser.add_argument("--library", help=argparse.SUPPRESS)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.cell:
-        run = run_kvjax if args.library == "kvjax" else run_transformers
+        run = run_kvjax if args.side == "kvjax" else run_transformers
         times = run(json.loads(args.cell), args.repeats)
         print(json.dumps({"seconds": statistics.median(times), "all": times, "peak_mb": peak_mb()}))
         return
