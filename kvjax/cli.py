@@ -46,7 +46,7 @@ class Dtype(enum.StrEnum):
 
 
 ModelOption = Annotated[
-    str, typer.Option("--model", help=f"{MODEL}, a Hugging Face or Orbax folder, a .gguf file, or a hub name.")
+    str, typer.Option("--model", help=f"{MODEL}, tiny, a Hugging Face or Orbax folder, a .gguf file, or a hub name.")
 ]
 DtypeOption = Annotated[
     Dtype | None, typer.Option(help="Of parameters and cache. Default: float32 on CPUs, bfloat16 elsewhere.")

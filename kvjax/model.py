@@ -33,8 +33,8 @@ def bucket(length: int, least: int = BUCKET) -> int:
 
 
 def load(name_or_path: str, dtype: Any = None) -> "Model":
-    """Loads a model: "gemma3-270m" (the packaged one), a folder in Hugging Face's or Orbax's layout, a .gguf file or a
-    hub name.
+    """Loads a model: "tiny" (comes with kvjax) or "gemma3-270m" (a package), a folder in Hugging Face's or Orbax's
+    layout, a .gguf file or a hub name.
 
     Args:
       name_or_path: What to load.

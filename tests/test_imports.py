@@ -19,9 +19,11 @@ MAY_IMPORT = {
     "cache": {"kernels"},
     "models": {"kernels", "cache"},  # A model calls the cache's `attend`; it never knows which policy runs.
     "checkpoints": {"models", "cache"},
+    "convert": {"kernels", "cache", "models"},
     "policies": {"kernels", "cache", "models"},  # Scores rotate queries, plans read a model's shapes.
     "methods": {"kernels", "cache", "policies"},
     "generation": {"kernels", "cache", "models", "policies"},
+    "training": {"kernels", "cache", "models", "checkpoints", "policies", "methods", "generation"},
     "model": {"cache", "checkpoints", "generation", "models", "policies"},
     "evaluation": {"kernels", "cache", "model", "models", "checkpoints", "policies", "methods", "generation"},
 }

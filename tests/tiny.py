@@ -6,12 +6,13 @@ Shapes are shared on purpose: what one test compiles, the next one finds compile
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import kvjax
-from kvjax.cache import EMPTY, LayerSpec, Tokens
+from kvjax.cache import EMPTY
 from kvjax.models.config import Rope
+from kvjax.models.transformer import layer_spec
+from kvjax.training.locret import init_retaining_heads, with_retaining_heads
 
 # One sliding layer, so that "full-attention layers only" means something; grouped queries.
 CONFIG = kvjax.Config(
@@ -38,12 +39,35 @@ _ROWS = np.random.default_rng(1).permuted(np.tile(np.arange(2, 128, dtype=np.int
 TOKENS, QUESTION = _ROWS[:, :48], _ROWS[:, 48:54]
 
 # Parameters that make a method fit prompts of twenty tokens, where it has them.
-SMALL = {"window": 4, "chunk": 4, "group": 16, "residual": 16, "future": 8, "score": "snapkv(window=4)"}
+SMALL = {
+    "window": 4,
+    "chunk": 4,
+    "group": 16,
+    "residual": 16,
+    "sparsity": 0.15,
+    "whole": 6,
+    "future": 8,
+    "score": "snapkv(window=4)",
+    "sparse": 12,
+    "rank": 4,
+    "local": 2,
+    "outliers": 1,
+    "stabilizers": 3,
+    "page": 4,
+    "start": 0,
+    "dense": 0,
+}
 
 
 @functools.cache
 def params():
     return kvjax.init_params(CONFIG, jax.random.key(0))
+
+
+@functools.cache
+def trained():
+    """`params` with what trained methods add to them, here untrained."""
+    return with_retaining_heads(params(), CONFIG, init_retaining_heads(CONFIG, jax.random.key(1), hidden=8))
 
 
 def model() -> kvjax.Model:
@@ -59,18 +83,9 @@ def small(name: str, **changes) -> kvjax.Policy:
 
 
 def read_back(layer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a layer's cache holds, as attention reads it: positions [B, H, S], keys and values [B, H, S, D] float32.
-
-    Through the protocol alone (products with unit vectors), so it works for every layout.
-    """
-    heads, dim = CONFIG.num_kv_heads, CONFIG.head_dim
-    batch, slots = layer.pos.shape[0], layer.pos.shape[-1]
-    units = jnp.broadcast_to(jnp.eye(dim), (batch, heads, dim, dim))
-    ask = Tokens(q=units, k=units, v=units, q_raw=units, k_raw=units, pos=jnp.full((batch, dim), 10**6))
-    keys = layer.logits(ask, LayerSpec(rotate=lambda rope, x, pos: x))
-    values = layer.mix(jnp.broadcast_to(jnp.eye(slots), (batch, heads, slots, slots)))
-    pos = np.broadcast_to(layer.pos, (batch, heads, slots))
-    return pos, np.swapaxes(np.asarray(keys), -1, -2), np.asarray(values)
+    """What a layer's cache holds, as attention reads it: positions [B, H, S], keys and values [B, H, S, D] float32."""
+    pos, k, v = layer.held(layer_spec(CONFIG, 0))
+    return np.asarray(pos), np.asarray(k, np.float32), np.asarray(v, np.float32)
 
 
 def kept(cache, row: int) -> list[list[list[int]]]:
@@ -82,13 +97,17 @@ def kept(cache, row: int) -> list[list[list[int]]]:
 
 
 def full_layers(cache) -> list:
-    return [cache.layers[i] for i in CONFIG.full_layers]
+    """Layers that policies act on, each with its own copy of what it shares with others."""
+    transform = cache.policy.transform
+    layers = cache.layers if transform is None else transform.apart(cache)
+    return [layers[i] for i in CONFIG.full_layers]
 
 
 def content(layer, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What one row holds, in order of position, wherever it stands: positions [H, n], keys and values [H, n, D]."""
     pos, k, v = (x[row] for x in read_back(layer))
-    order = np.argsort(np.where(pos == EMPTY, 10**6, pos), -1, kind="stable")[:, : (pos[0] != EMPTY).sum()]
+    k, v = (np.where((pos == EMPTY)[..., None], 0.0, x) for x in (k, v))
+    order = np.argsort(np.where(pos == EMPTY, 10**6, pos), -1, kind="stable")[:, : (pos != EMPTY).sum(-1).max()]
     return np.take_along_axis(pos, order, -1), *(np.take_along_axis(x, order[..., None], 1) for x in (k, v))
 
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from kvjax.cache.layer import Layer
 from kvjax.cache.packing import expand, pack, round_to_nearest, unpack
 from kvjax.cache.slots import put_slots, take_slots
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
@@ -81,7 +82,7 @@ def pack_vectors(x: Array, bits: int, group: int, axis: int, scale_dtype: str) -
 @typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GroupedSlots:
+class GroupedSlots(Layer):
     """One layer in KIVI's layout.
 
     Attributes:
@@ -95,13 +96,6 @@ class GroupedSlots:
     k_recent: Array
     v_recent: Array
     order: Array
-
-    @property
-    def marks(self) -> None:
-        """None: groups cannot lose single tokens, so no policy goes on evicting here."""
-
-    def remember(self, marks: Array) -> "GroupedSlots":
-        raise TypeError("Groups of tokens keep no marks.")
 
     @property
     def residual(self) -> int:
@@ -156,6 +150,14 @@ class GroupedSlots:
         old = jnp.where((jnp.arange(size) < count - residual)[:, :, None], p[..., :size], 0.0)
         return dot_values(old, self.v.decode()) + dot_values(recent, self.v_recent.astype(p.dtype))
 
+    def held(self, spec: LayerSpec) -> tuple[Array, Array, Array]:
+        del spec
+        k = jnp.concatenate([self.k.decode(), self.k_recent.astype(jnp.float32)], 2)
+        slots, heads = self.pos.shape[-1], k.shape[1]
+        # Keys and values part at different tokens: `mix` knows which value belongs to which slot.
+        v = self.mix(jnp.broadcast_to(jnp.eye(slots), (k.shape[0], heads, slots, slots)))
+        return jnp.broadcast_to(self.pos, k.shape[:3]), k, v
+
     def append(self, new: Tokens, marks: Array | None = None) -> "GroupedSlots":
         def one(layer, token):
             return layer._append_one(*token), None
@@ -191,9 +193,6 @@ class GroupedSlots:
             return dataclasses.replace(layer, k=layer.k.put(start, keys))
 
         return lax.cond(full.any(), flush, lambda layer: layer, layer)
-
-    def sees(self, q_pos: Array, k_pos: Array, mask: Array) -> Array:
-        return mask
 
     def reserve(self, slots: int) -> "GroupedSlots":
         tokens = self.packed_capacity + -(-slots // self.residual) * self.residual

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache.codec import Codec, Plain
+from kvjax.cache.layer import Layer
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
 from kvjax.kernels.attention import fold
 
@@ -36,16 +37,18 @@ def put_slots(leaf: Array, index: Array, value: Array | float) -> Array:
 @typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Slots:
+class Slots(Layer):
     """One layer's keys and values, slot by slot.
 
     Attributes:
-      k, v: As the codec writes them: pytrees of arrays [B, H, S, ...].
+      k, v: As the codec writes them: pytrees of arrays [B, H, S, ...]; no v where `latent` says that keys hold it.
       pos: Token position of each slot [B, 1 or H, S] int32, `EMPTY` if none; one row for all heads where they
         keep the same tokens.
       marks: What a policy that evicts while decoding remembers of each slot, [B, 1 or H, S] float32, or None.
       limit: Tokens that each row keeps [B] int32 where old ones make way; None: `bound` for all rows.
+      memo: What a policy remembers of the layer as a whole: a pytree of arrays [B, ...], or None.
       codec: How k and v are written.
+      latent: Values are the last `latent` channels of the keys (`LayerSpec.latent`); 0: they are stored by themselves.
       bound: Slots that are ever needed, because old tokens make way; 0: the layer grows with every token. Fewer are
         allocated for a short prompt until `reserve` adds them.
       ring: Token p lies at slot `p % bound` (sinks apart), so the newest overwrites the oldest.
@@ -59,7 +62,9 @@ class Slots:
     pos: Array
     marks: Array | None = None
     limit: Array | None = None
+    memo: Any = None
     codec: Codec = static(default=Plain())
+    latent: int = static(default=0)
     bound: int = static(default=0)
     ring: bool = static(default=False)
     sinks: int = static(default=0)
@@ -96,7 +101,13 @@ class Slots:
         return logits.at[..., : self.sinks].set(self.codec.dot(fold(q * spec.scale, heads), first))
 
     def mix(self, p: Array) -> Array:
-        return self.codec.mix(p, self.v)
+        return self.codec.mix(p, self.k)[..., -self.latent :] if self.latent else self.codec.mix(p, self.v)
+
+    def held(self, spec: LayerSpec) -> tuple[Array, Array, Array]:
+        del spec
+        k = self.codec.decode(self.k).astype(jnp.float32)
+        v = k[..., -self.latent :] if self.latent else self.codec.decode(self.v).astype(jnp.float32)
+        return jnp.broadcast_to(self.pos, k.shape[:3]), k, v
 
     def sees(self, q_pos: Array, k_pos: Array, mask: Array) -> Array:
         """Narrows a mask [..., T, S] to what the ring would still hold when each query comes."""
@@ -121,15 +132,23 @@ class Slots:
     def remember(self, marks: Array) -> "Slots":
         return dataclasses.replace(self, marks=marks)
 
+    def manage(self, *, marks: Array, limit: Array, bound: int, memo: Any) -> "Slots":
+        """The same layer, from now on within its budget: see the attributes."""
+        return dataclasses.replace(self, marks=marks, limit=limit, bound=bound, memo=memo)
+
     def append(self, new: Tokens, marks: Array | None = None) -> "Slots":
         """Stores new tokens; where the layer keeps marks, a token without one gets 0."""
-        slot = self.slots_for(new.pos)
+        return self.put(self.slots_for(new.pos), new.k, new.v, new.pos[:, None], marks)
+
+    def put(self, slot: Array, k: Array, v: Array, pos: Array, marks: Array | None = None) -> "Slots":
+        """Writes tokens k, v [B, H, T, D] at positions pos, and their marks, to slots [B, 1 or H, T]; a slot beyond the
+        last is not written. Heads may be given different tokens."""
         write = lambda leaf, value: put_slots(leaf, slot, value)  # noqa: E731
         return dataclasses.replace(
             self,
-            k=jax.tree.map(write, self.k, self.codec.encode(new.k)),
-            v=jax.tree.map(write, self.v, self.codec.encode(new.v)),
-            pos=put_slots(self.pos, slot, jnp.broadcast_to(new.pos[:, None], slot.shape)),
+            k=jax.tree.map(write, self.k, self.codec.encode(k)),
+            v=None if self.latent else jax.tree.map(write, self.v, self.codec.encode(v)),
+            pos=put_slots(self.pos, slot, jnp.broadcast_to(pos, slot.shape)),
             marks=self.marks if self.marks is None else put_slots(self.marks, slot, 0.0 if marks is None else marks),
         )
 
@@ -194,6 +213,7 @@ def make_ring(
     sinks: int = 0,
     shifted: bool = False,
     codec: Codec = Plain(),  # noqa: B008  A hashable constant.
+    latent: int = 0,
 ) -> Slots:
     """The ring that holds the end (and the first `sinks` tokens) of a prompt.
 
@@ -201,6 +221,7 @@ def make_ring(
       k, v: [B, H, T, D]. pos: [B, T] int32: 0, 1, ... and `EMPTY` for padding at the end.
       size: Slots of the ring; a shorter prompt gets as many as it has tokens.
       limit: Tokens per row [B], at most `size`, where rows differ.
+      sinks, shifted, codec, latent: See `Slots`.
     """
     slot = jnp.arange(min(size, pos.shape[-1]), dtype=jnp.int32)
     recent = (size if limit is None else limit[:, None]) - sinks
@@ -209,4 +230,15 @@ def make_ring(
     missing = (held > last) | (slot >= sinks + recent) | ((slot >= sinks) & (held < sinks))
     held = jnp.where(missing, EMPTY, held)[:, None]
     k, v = (codec.encode(take_slots(x, jnp.maximum(held, 0))) for x in (k, v))
-    return Slots(k=k, v=v, pos=held, limit=limit, codec=codec, bound=size, ring=True, sinks=sinks, shifted=shifted)
+    return Slots(
+        k=k,
+        v=None if latent else v,
+        pos=held,
+        limit=limit,
+        codec=codec,
+        latent=latent,
+        bound=size,
+        ring=True,
+        sinks=sinks,
+        shifted=shifted,
+    )

@@ -6,11 +6,13 @@ W observed queries. Query head `h * G + g` reads KV head `h`.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from kvjax.cache.host import take_rows
 
 EMPTY = -1  # The position of a slot, or of a padding token, that holds nothing.
 
@@ -30,6 +32,7 @@ class LayerSpec:
       softcap: `cap * tanh(logits / cap)`; 0 for none.
       rope: The layer's rotary embedding, a hashable value that `rotate` understands.
       rotate: `rotate(rope, x [B, heads, T, D], positions [B, T]) -> x`, rotated.
+      latent: Values are the last `latent` channels of the keys and are not stored again (MLA); 0 where they are not.
     """
 
     window: int = 0
@@ -37,6 +40,7 @@ class LayerSpec:
     softcap: float = 0.0
     rope: Any = None
     rotate: Callable[[Any, Array, Array], Array] | None = None
+    latent: int = 0
 
 
 @jax.tree_util.register_dataclass
@@ -49,6 +53,8 @@ class Tokens:
       k, v: Keys (normed and rotated) and values [B, H, T, D].
       q_raw, k_raw: Queries and keys before rotation.
       pos: Positions [B, T] int32, `EMPTY` for padding.
+      trained: Parameters that a trained method has added to this layer, `params["layers"][i]["trained"]`; the model
+        hands them on without looking. None if there are none.
     """
 
     q: Array
@@ -57,49 +63,7 @@ class Tokens:
     q_raw: Array
     k_raw: Array
     pos: Array
-
-
-class LayerCache(Protocol):
-    """What one layer stores. Implementations are frozen pytrees; every leaf has the batch on its first axis."""
-
-    @property
-    def pos(self) -> Array:
-        """Positions [B, 1 or H, S] int32 of what `logits` returns, `EMPTY` where there is nothing."""
-        ...
-
-    @property
-    def marks(self) -> Array | None:
-        """What a policy that evicts while decoding remembers of each slot [B, 1 or H, S] float32; None if nothing."""
-        ...
-
-    def remember(self, marks: Array) -> Self:
-        """The same layer with other marks."""
-        ...
-
-    def logits(self, new: Tokens, spec: LayerSpec) -> Array:
-        """Products `scale * q . k` of the queries with every stored key: [B, H, G * T, S] float32."""
-        ...
-
-    def mix(self, p: Array) -> Array:
-        """Values weighted by p [B, H, G * T, S] float32, which is zero on empty slots: [B, H, G * T, D] float32."""
-        ...
-
-    def sees(self, q_pos: Array, k_pos: Array, mask: Array) -> Array:
-        """Narrows a causal mask [B, 1 or H, T, S] where the layer forgets tokens by itself (rings)."""
-        ...
-
-    def append(self, new: Tokens, marks: Array | None = None) -> Self:
-        """Stores new tokens; `marks` [B, 1 or H, T] float32 goes with them where the layer keeps marks."""
-        ...
-
-    def reserve(self, slots: int) -> Self:
-        """Room for at least `slots` more tokens."""
-        ...
-
-    @property
-    def room(self) -> Array | None:
-        """How many more tokens fit, [B] int32; None where old tokens make way by themselves."""
-        ...
+    trained: Any = None
 
 
 def tree_nbytes(tree: Any) -> int:
@@ -113,14 +77,17 @@ class Cache:
     """What a model remembers of a batch of sequences: an immutable pytree.
 
     Attributes:
-      layers: One `LayerCache` per layer; kinds and capacities may differ.
+      layers: One `cache.Layer` per layer; kinds and capacities may differ.
       seen: Tokens fed so far [B] int32, which is the position of the next one. Not the number kept.
+      shared: What several layers use together, a pytree that is handed from layer to layer within a pass; None if
+        nothing.
       config: The model's `Config`.
       policy: The policy that made the cache and goes on managing it while tokens are added.
     """
 
     layers: tuple[Any, ...]
     seen: Array
+    shared: Any = None
     config: Any = static()
     policy: Any = static()
 
@@ -130,7 +97,7 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every leaf, the bookkeeping included: what the device holds."""
+        """Bytes of every leaf, the bookkeeping included, in any memory; `memory_nbytes` tells these apart."""
         return tree_nbytes(self)
 
     @property
@@ -162,7 +129,7 @@ class Cache:
         index = index if isinstance(index, slice) else jnp.asarray(index)
         if not isinstance(index, slice) and index.ndim == 0:
             index = index[None]  # One row stays a batch of one.
-        return jax.tree.map(lambda leaf: leaf[index], self)
+        return jax.tree.map(lambda leaf: take_rows(leaf, index), self)
 
     def __getitem__(self, index: Any) -> "Cache":
         return self.rows(index)

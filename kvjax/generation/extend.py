@@ -27,9 +27,10 @@ def hidden_states(
     """
     order = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
     pos = jnp.where(valid, cache.seen[:, None] + order, EMPTY)
-    x, layers = run_layers(params, config, embed(params, config, tokens), pos, cache.layers, attend_with(policy))
-    seen = cache.seen + valid.sum(1, dtype=jnp.int32)
-    return x, Cache(layers=layers, seen=seen, config=cache.config, policy=cache.policy)
+    x, attend = embed(params, config, tokens), attend_with(policy)
+    x, layers, shared = run_layers(params, config, x, pos, cache.layers, cache.shared, attend)
+    cache = dataclasses.replace(cache, layers=layers, shared=shared, seen=cache.seen + valid.sum(1, dtype=jnp.int32))
+    return x, cache if policy.transform is None else policy.transform.step(cache)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "policy", "chunk"))
@@ -67,7 +68,7 @@ def with_room(cache: Cache, slots: int) -> Cache:
         return layer.reserve(-(-lack // ROOM) * ROOM) if lack else layer
 
     layers = tuple(grow(layer, lack) for layer, lack in zip(cache.layers, lacking, strict=True))
-    return Cache(layers=layers, seen=cache.seen, config=cache.config, policy=cache.policy)
+    return dataclasses.replace(cache, layers=layers)
 
 
 _unembed = jax.jit(unembed, static_argnames="config")

@@ -18,12 +18,14 @@ from jax import Array
 from jax.core import Tracer
 
 from kvjax.cache import Cache, LayerSpec, Tokens, make_ring
+from kvjax.generation.chunked import prefill_in_chunks
 from kvjax.kernels.attention import BLOCK, causal_attention
 from kvjax.models.config import Config
 from kvjax.models.params import layer_params
 from kvjax.models.transformer import MLP_ROWS, Params, embed, layer_spec, positions, run_layer, unembed
+from kvjax.policies.divide import Division, begin_layer, cut_layer
 from kvjax.policies.observe import Needs, observe as observe_attention
-from kvjax.policies.plan import Observed, Plan, compress_layer, plan
+from kvjax.policies.plan import Observed, Plan, assemble, compress_layer, finish, plan, start_division
 from kvjax.policies.policy import Policy
 
 
@@ -62,18 +64,18 @@ def _full_layer(
     needs: Needs,
     chunk: Chunk,
 ):
-    def attend(spec: LayerSpec, state: None, new: Tokens):
+    def attend(spec: LayerSpec, state: None, new: Tokens, shared: None):
         out, prompt, obs = observe_attention(spec, new, needs, layer, chunk.queries)
-        return out, (prompt, obs)
+        return out, (prompt, obs), shared
 
-    return run_layer(weights, config, spec, x, pos, None, attend, chunk.rows)
+    return run_layer(weights, config, spec, x, pos, None, None, attend, chunk.rows)[:2]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "spec", "length", "chunk"))
 def _sliding_layer(
     weights: Params, x: Array, pos: Array, *, config: Config, spec: LayerSpec, length: int, chunk: Chunk
 ):
-    def attend(spec: LayerSpec, state: None, new: Tokens):
+    def attend(spec: LayerSpec, state: None, new: Tokens, shared: None):
         out, _ = causal_attention(
             new.q,
             new.k,
@@ -84,14 +86,15 @@ def _sliding_layer(
             softcap=spec.softcap,
             block=chunk.queries,
         )
-        return out, make_ring(new.k[:, :, :length], new.v[:, :, :length], new.pos[:, :length], spec.window)
+        k, v, pos = new.k[:, :, :length], new.v[:, :, :length], new.pos[:, :length]
+        return out, make_ring(k, v, pos, spec.window, latent=spec.latent), shared
 
-    return run_layer(weights, config, spec, x, pos, None, attend, chunk.rows)
+    return run_layer(weights, config, spec, x, pos, None, None, attend, chunk.rows)[:2]
 
 
 _embed = jax.jit(embed, static_argnames="config")
 _unembed = jax.jit(unembed, static_argnames="config")
-_compress_layer = jax.jit(compress_layer, static_argnames=("policy", "spec", "length", "places"))
+_compress_layer = jax.jit(compress_layer, static_argnames=("policy", "spec", "length", "place"))
 
 
 def _run(
@@ -101,33 +104,42 @@ def _run(
     lengths: Array | None,
     needs: Needs,
     chunk: Chunk,
-    keep: Callable[[int, LayerSpec, Any], Any],
-) -> tuple[Array, tuple[Any, ...]]:
+    keep: Callable[[int, LayerSpec, Any, Any], Any],
+    kept: Any = (),
+) -> tuple[Array, tuple[Any, ...], Any]:
     """All layers, one after another.
 
     Args:
-      keep: `keep(layer, spec, observed) -> state`: what is left of a full-attention layer's observation,
-        before the next layer starts.
+      keep: `keep(i, spec, observed, kept) -> kept`: what is left of the observations of full-attention layers, once the
+        i-th of them is seen and before the next layer starts.
+      kept: What is there before the first.
 
     Returns:
-      Hidden states [B, T, hidden] and every layer's state (a ring where it is a sliding one).
+      Hidden states [B, T, hidden], the rings of sliding layers (None for others), and what was kept.
     """
     pos = positions(tokens, lengths)
     longest = tokens.shape[1] if lengths is None or isinstance(lengths, Tracer) else int(np.max(lengths))
-    x, states = _embed(params, config, tokens), []
+    number = {layer: i for i, layer in enumerate(config.full_layers)}
+    x, rings = _embed(params, config, tokens), []
     for i, weights in enumerate(layer_params(params, config)):
-        spec = layer_spec(config, i)
+        spec, ring = layer_spec(config, i), None
         if config.layer_types[i] == "full":
-            x, state = _full_layer(weights, x, pos, jnp.int32(i), config=config, spec=spec, needs=needs, chunk=chunk)
-            state = keep(i, spec, state)
+            x, seen = _full_layer(weights, x, pos, jnp.int32(i), config=config, spec=spec, needs=needs, chunk=chunk)
+            kept = keep(number[i], spec, seen, kept)
             if isinstance(x, Tracer):  # Eager calls run in order by themselves; a compiler has to be told.
-                x, state = jax.lax.optimization_barrier((x, state))
+                x, kept = jax.lax.optimization_barrier((x, kept))
         else:
             # A prompt longer than the window fills the ring whatever its length: one compilation serves all.
             length = tokens.shape[1] if longest >= config.sliding_window else longest
-            x, state = _sliding_layer(weights, x, pos, config=config, spec=spec, length=length, chunk=chunk)
-        states.append(state)
-    return x, tuple(states)
+            x, ring = _sliding_layer(weights, x, pos, config=config, spec=spec, length=length, chunk=chunk)
+        rings.append(ring)
+    return x, tuple(rings), kept
+
+
+def _with_rings(config: Config, rings: tuple[Any, ...], full: Any) -> tuple[Any, ...]:
+    """Every layer's state: those of full-attention layers between the rings."""
+    of_layer = dict(zip(config.full_layers, full, strict=True))
+    return tuple(of_layer.get(i, ring) for i, ring in enumerate(rings))
 
 
 def _last(x: Array, lengths: Array) -> Array:
@@ -156,8 +168,12 @@ def observe(
       needs: Statistics that the policies will ask for (`policy.needs`, joined by `|`).
       chunk: As in `prefill`.
     """
-    x, layers = _run(params, config, tokens, lengths, needs, Chunk.of(chunk), lambda layer, spec, observed: observed)
-    rows = _lengths(tokens, lengths)
+
+    def keep(i: int, spec: LayerSpec, observed: Any, kept: Any) -> Any:
+        return (*kept, observed)
+
+    x, rings, kept = _run(params, config, tokens, lengths, needs, Chunk.of(chunk), keep)
+    rows, layers = _lengths(tokens, lengths), _with_rings(config, rings, kept)
     return Observed(layers=layers, lengths=rows, last=_last(x, rows), config=config, needs=needs)
 
 
@@ -177,16 +193,52 @@ def prefill_logits(
     """`prefill`, and the logits of the token after each prompt [B, vocab] float32."""
     rows = _lengths(tokens, lengths)
     known = tokens.shape[1] if isinstance(rows, Tracer) else np.asarray(rows)
-    planned: Plan = plan(policy, config, known, params["embed"].dtype)
-    slots, number = planned.slots(rows), {layer: i for i, layer in enumerate(config.full_layers)}
-
-    def keep(layer: int, spec: LayerSpec, observed: Any) -> Any:
-        i = number[layer]
-        return _compress_layer(planned.policy, spec, planned.length, planned.capacities[i], observed, slots[i])
-
-    x, layers = _run(params, config, tokens, lengths, policy.needs, Chunk.of(chunk), keep)
-    cache = Cache(layers=layers, seen=rows, config=config, policy=planned.policy)
+    planned = plan(policy, config, known, params["embed"].dtype)
+    if policy.in_chunks:
+        last, cache = prefill_in_chunks(params, config, planned, tokens, rows)
+        return _unembed(params, config, last), cache
+    build = _fixed if planned.decided else _divided
+    x, cache = build(params, config, planned, tokens, lengths, rows, Chunk.of(chunk))
     return _unembed(params, config, _last(x, rows)), cache
+
+
+def _fixed(
+    params: Params, config: Config, plan: Plan, tokens: Array, lengths: Array | None, rows: Array, chunk: Chunk
+) -> tuple[Array, Cache]:
+    """Hidden states and cache where capacities are known: each layer is compressed as soon as it is seen."""
+    slots = plan.slots(rows)
+
+    def keep(i: int, spec: LayerSpec, observed: Any, kept: Any) -> Any:
+        return (*kept, _compress_layer(plan.policy, spec, plan.length, plan.places[i], observed, slots[i]))
+
+    x, rings, layers = _run(params, config, tokens, lengths, plan.policy.needs, chunk, keep)
+    return x, assemble(plan.policy, config, _with_rings(config, rings, layers), rows)
+
+
+def _divided(
+    params: Params, config: Config, plan: Plan, tokens: Array, lengths: Array | None, rows: Array, chunk: Chunk
+) -> tuple[Array, Cache]:
+    """Hidden states and cache where the data decide: layers wait until their share is known.
+
+    Where budgets cascade they are cut to what is their share by then, so that those seen so far hold about the budget.
+    """
+    slots, policy = plan.slots(rows), plan.policy
+    cascades = plan.policy.stages[-1].divide.cascades
+
+    def keep(i: int, spec: LayerSpec, observed: Any, kept: Any) -> Any:
+        division, begun = kept
+        layer, weight = begin_layer(policy, spec, plan.length, plan.places[i], observed, slots[i])
+        division, begun = division.see(weight), [*begun, layer]
+        for j in range(len(begun) if cascades else 0):
+            capacity = division.capacity(j)
+            if capacity < begun[j][0].k.shape[2]:
+                spec = layer_spec(config, config.full_layers[j])
+                begun[j] = cut_layer(policy, spec, plan.places[j], capacity, begun[j], jnp.asarray(division.slots[j]))
+        return division, begun
+
+    start: tuple[Division, list[Any]] = (start_division(plan, rows), [])
+    x, rings, (division, begun) = _run(params, config, tokens, lengths, policy.needs, chunk, keep, start)
+    return x, finish(plan, division, begun, config, rings, rows)
 
 
 def prefill(

@@ -1,6 +1,6 @@
 """Decoder-only transformers: one configurable model, families as data."""
 
-from kvjax.models.config import Config as Config, Rope as Rope
+from kvjax.models.config import Config as Config, Mla as Mla, Rope as Rope
 from kvjax.models.params import (
     abstract_params as abstract_params,
     init_params as init_params,

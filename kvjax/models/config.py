@@ -27,6 +27,8 @@ class Rope:
       truncate: Whether yarn rounds the bounds of its ramp to whole channels.
       attention_factor: Multiplier of cos and sin (yarn, longrope); a float, already resolved.
       short_factor, long_factor: Per-frequency divisors of `longrope`, for sequences up to and beyond `original_length`.
+      stride: Only every so many-th frequency is used.
+      repeat: The frequencies come so many times, one after another.
     """
 
     theta: float
@@ -42,6 +44,32 @@ class Rope:
     attention_factor: float = 1.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    stride: int = 1
+    repeat: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Mla:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): what all heads know of a token is one vector.
+
+    In the absorbed form it is attention with a single key of `rope_dim + rank` channels, of which the first `rope_dim`
+    rotate and the last `rank`, the latent, are the value too.
+
+    Attributes:
+      rank: Channels of the latent.
+      rope_dim: Channels that carry the position: a divisor or a multiple of the embedding's `rotary_dim`.
+    """
+
+    rank: int
+    rope_dim: int
+
+    def rope(self, rope: Rope) -> Rope:
+        """The embedding of the rotating channels: fewer of a head's frequencies, or those of several heads."""
+        return dataclasses.replace(
+            rope,
+            stride=max(rope.rotary_dim // self.rope_dim, 1),
+            repeat=max(self.rope_dim // rope.rotary_dim, 1),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +94,8 @@ class Config:
       attn_softcap, logit_softcap: `cap * tanh(x / cap)` on attention logits and on output logits; 0 for none.
       embed_scale: Multiplier of token embeddings (`sqrt(hidden_size)` in Gemma).
       tied: Whether the output projection is the embedding.
+      mla: Latent attention in place of grouped queries; `num_kv_heads` and `head_dim` then still say what the model was
+        converted from (see `kvjax.convert`). None for grouped queries.
       bos_id, eos_ids: Special tokens, as the checkpoint's config or tokenizer says; `bos_id` -1 for none.
     """
 
@@ -92,6 +122,7 @@ class Config:
     logit_softcap: float = 0.0
     embed_scale: float = 1.0
     tied: bool = False
+    mla: Mla | None = None
     bos_id: int = -1
     eos_ids: tuple[int, ...] = ()
 
@@ -100,6 +131,12 @@ class Config:
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads}).")
         if "sliding" in self.layer_types and self.sliding_window <= 0:
             raise ValueError("A model with sliding layers needs sliding_window > 0.")
+        for rope in (self.rope, self.sliding_rope) if self.mla else ():
+            if self.mla.rope_dim % 2 or (self.mla.rope_dim % rope.rotary_dim and rope.rotary_dim % self.mla.rope_dim):
+                raise ValueError(
+                    f"rope_dim ({self.mla.rope_dim}) must be even, and a divisor or a multiple of the "
+                    f"{rope.rotary_dim} channels that rotate in a head."
+                )
 
     @property
     def num_layers(self) -> int:
@@ -110,5 +147,21 @@ class Config:
         """Indices of the full-attention layers: those that policies compress."""
         return tuple(i for i, kind in enumerate(self.layer_types) if kind == "full")
 
+    @property
+    def cache_heads(self) -> int:
+        """KV heads that a cache holds."""
+        return 1 if self.mla else self.num_kv_heads
+
+    @property
+    def key_dim(self) -> int:
+        """Channels of a key in a cache."""
+        return self.mla.rope_dim + self.mla.rank if self.mla else self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of a value in a cache; with latent attention they are the last of the key."""
+        return self.mla.rank if self.mla else self.head_dim
+
     def layer_rope(self, layer: int) -> Rope:
-        return self.rope if self.layer_types[layer] == "full" else self.sliding_rope
+        rope = self.rope if self.layer_types[layer] == "full" else self.sliding_rope
+        return self.mla.rope(rope) if self.mla else rope

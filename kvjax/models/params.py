@@ -4,6 +4,11 @@
 `abstract_params` gives shapes for loading, `init_params` random weights, `stack_layers` the layout that `lax.scan`
 wants.
 
+Latent attention (`Config.mla`) has instead of k_proj and v_proj a matrix `kv_down` from a layer's input to the one key
+that is stored, and for every query head `k_up`, which takes its queries to that key, and `v_up`, which takes the mixed
+latents to its values. Where keys are normed per head (`qk_norm`), which no matrix can absorb, k_proj, v_proj and k_norm
+stay and `kv_down` starts from the keys and values of all heads.
+
     {"embed": [vocab, hidden], "final_norm": [hidden], "lm_head": [vocab, hidden] unless tied,
      "layers": (one dict per layer) or (one dict per run of like layers, every leaf with a leading layer axis)}
 """
@@ -35,6 +40,10 @@ AXES = {
     "q_norm": ("head_dim",),
     "k_norm": ("head_dim",),
     "o_proj": ("heads", "hidden"),
+    "kv_down": ("kv_in", "latent_key"),
+    "kv_bias": ("latent_key",),
+    "k_up": ("query_heads", "head_dim", "latent_key"),
+    "v_up": ("query_heads", "latent", "head_dim"),
     "gate_proj": ("hidden", "mlp"),
     "up_proj": ("hidden", "mlp"),
     "down_proj": ("mlp", "hidden"),
@@ -43,13 +52,17 @@ AXES = {
 
 def axis_sizes(config: Config) -> dict[str, int]:
     """Size of every logical axis ("heads" and "kv_heads" count channels of all heads)."""
+    kv, mla = config.num_kv_heads * config.head_dim, config.mla
+    latent = {"kv_in": 2 * kv if config.qk_norm else config.hidden_size, "latent_key": config.key_dim}
     return {
         "vocab": config.vocab_size,
         "hidden": config.hidden_size,
         "mlp": config.mlp_size,
         "heads": config.num_heads * config.head_dim,
-        "kv_heads": config.num_kv_heads * config.head_dim,
+        "kv_heads": kv,
         "head_dim": config.head_dim,
+        "query_heads": config.num_heads,
+        **({**latent, "latent": mla.rank} if mla else {}),
     }
 
 
@@ -57,6 +70,11 @@ def layer_names(config: Config) -> list[str]:
     """Parameters of one layer."""
     names = ["attn_norm", "q_proj", "k_proj", "v_proj", "o_proj", "mlp_norm", "gate_proj", "up_proj", "down_proj"]
     names += ["q_bias", "k_bias", "v_bias"] if config.qkv_bias else []
+    if config.mla:
+        names += ["kv_down", "k_up", "v_up"]
+        if not config.qk_norm:
+            absorbed = ("k_proj", "v_proj", "k_bias", "v_bias")
+            names = [name for name in names if name not in absorbed] + (["kv_bias"] if config.qkv_bias else [])
     names += ["q_norm", "k_norm"] if config.qk_norm else []
     names += ["post_attn_norm", "post_mlp_norm"] if config.post_norms else []
     return names
@@ -69,8 +87,8 @@ class Arrays(nnx.Module):
         sizes = axis_sizes(config)
         for name in names:
             shape = tuple(sizes[axis] for axis in AXES[name])
-            if len(shape) == 2:
-                fan_in = config.hidden_size if name in ("embed", "lm_head") else shape[0]
+            if len(shape) > 1:
+                fan_in = config.hidden_size if name in ("embed", "lm_head") else shape[-2]
                 value = jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5
             else:
                 value = jnp.full(shape, 1 - config.norm_offset if name.endswith("norm") else 0, dtype)

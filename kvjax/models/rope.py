@@ -16,7 +16,8 @@ from kvjax.models.config import Rope
 
 
 def inverse_frequencies(rope: Rope, *, long: bool = False) -> np.ndarray:
-    """Radians per position of each channel pair, float32 [rotary_dim // 2].
+    """Radians per position of each channel pair that rotates, float32: [rotary_dim // 2] unless `stride` or `repeat`
+    say otherwise.
 
     Args:
       rope: The embedding.
@@ -25,6 +26,10 @@ def inverse_frequencies(rope: Rope, *, long: bool = False) -> np.ndarray:
     Raises:
       ValueError: The scaling is unknown.
     """
+    return np.tile(_every_frequency(rope, long)[:: rope.stride], rope.repeat)
+
+
+def _every_frequency(rope: Rope, long: bool) -> np.ndarray:
     match rope.scaling:
         case "none":
             return _unscaled(rope)
@@ -55,7 +60,7 @@ def rope_tables(rope: Rope, positions: jax.Array, reach: jax.Array | None = None
         show the whole row: for chunks of one prompt, or when decoding on keys that were rotated earlier.
 
     Returns:
-      cos and sin, both float32 [batch, length, rotary_dim // 2], already multiplied by `rope.attention_factor`.
+      cos and sin, both float32 [batch, length, pairs], already multiplied by `rope.attention_factor`.
     """
     frequencies = jnp.asarray(inverse_frequencies(rope))
     if rope.scaling == "longrope":
@@ -71,7 +76,7 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
     Args:
       x: Queries or keys, [batch, heads, length, head_dim], any float dtype.
-      cos, sin: From `rope_tables`, float32 [batch, length, rotary_dim // 2].
+      cos, sin: From `rope_tables`, float32 [batch, length, pairs].
 
     Returns:
       The same shape and dtype as `x`; the arithmetic is float32.

@@ -1,10 +1,9 @@
 """One decoder-only transformer for all families: pure functions of (params, tokens, cache).
 
-The model does not know what a cache is. A layer projects its tokens and calls `attend(spec, state, tokens)`, which
-returns the attention output and the layer's new state; what the state is, and what happened to it, is the caller's
-business. Three callers
-exist: plain causal attention without any state (`forward`), observation of a prompt (`generation.prefill`), and a cache
-(`cache.attend`).
+The model does not know what a cache is. A layer projects its tokens and calls `attend(spec, state, tokens, shared)`,
+which returns the attention output, the layer's new state and what it hands on to the next layer; what these are, and
+what happened to them, is the caller's business. Three callers exist: plain causal attention without any state
+(`forward`), observation of a prompt (`generation.prefill`), and a cache (`cache.Layer.attend`).
 """
 
 import functools
@@ -21,7 +20,8 @@ from kvjax.models.config import Config, Rope
 from kvjax.models.params import layer_params, layer_runs
 from kvjax.models.rope import apply_rope, rope_tables
 
-Attend = Callable[[LayerSpec, Any, Tokens], tuple[Array, Any]]
+# (layer, its state, its new tokens, what layers share) -> (output [B, H * G, T, D], new state, what layers share).
+Attend = Callable[[LayerSpec, Any, Tokens, Any], tuple[Array, Any, Any]]
 Params = dict[str, Any]
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
@@ -48,6 +48,7 @@ def layer_spec(config: Config, layer: int) -> LayerSpec:
         softcap=config.attn_softcap,
         rope=config.layer_rope(layer),
         rotate=rotate,
+        latent=config.mla.rank if config.mla else 0,
     )
 
 
@@ -66,7 +67,10 @@ def unembed(params: Params, config: Config, x: Array) -> Array:
 
 
 def project(weights: Params, config: Config, spec: LayerSpec, x: Array, pos: Array) -> Tokens:
-    """Queries, keys and values of normed inputs x [B, T, hidden] at positions pos [B, T]."""
+    """Queries, keys and values of normed inputs x [B, T, hidden] at positions pos [B, T].
+
+    Latent attention comes in its absorbed form: one key per token, queries taken to it, and values that are its end.
+    """
 
     def heads(name: str) -> Array:
         y = x @ weights[f"{name}_proj"]
@@ -74,9 +78,27 @@ def project(weights: Params, config: Config, spec: LayerSpec, x: Array, pos: Arr
         y = jnp.swapaxes(y.reshape(*y.shape[:2], -1, config.head_dim), 1, 2)
         return rms_norm(y, weights[f"{name}_norm"], config) if config.qk_norm and name != "v" else y
 
-    q, k, v = heads("q"), heads("k"), heads("v")
+    if config.mla:
+        q = jnp.einsum("bhtd,hdc->bhtc", heads("q"), weights["k_up"])
+        k = (_all_heads(heads("k"), heads("v")) if config.qk_norm else x) @ weights["kv_down"]
+        k = (k + weights["kv_bias"] if "kv_bias" in weights else k)[:, None]
+        v = k[..., config.mla.rope_dim :]
+    else:
+        q, k, v = heads("q"), heads("k"), heads("v")
     cos, sin = rope_tables(spec.rope, pos)
-    return Tokens(q=apply_rope(q, cos, sin), k=apply_rope(k, cos, sin), v=v, q_raw=q, k_raw=k, pos=pos)
+    trained = weights.get("trained")
+    return Tokens(q=apply_rope(q, cos, sin), k=apply_rope(k, cos, sin), v=v, q_raw=q, k_raw=k, pos=pos, trained=trained)
+
+
+def merge(weights: Params, config: Config, out: Array) -> Array:
+    """From every head's attention output (mixed values, or mixed latents) [B, heads, T, D] to [B, T, hidden]."""
+    out = jnp.einsum("bhtr,hrd->bhtd", out, weights["v_up"]) if config.mla else out
+    return _all_heads(out) @ weights["o_proj"]
+
+
+def _all_heads(*x: Array) -> Array:
+    """Several [B, heads, T, D] side by side: [B, T, heads * D + ...]."""
+    return jnp.concatenate([jnp.swapaxes(y, 1, 2).reshape(y.shape[0], y.shape[2], -1) for y in x], -1)
 
 
 def mlp(weights: Params, config: Config, x: Array, rows: int = MLP_ROWS) -> Array:
@@ -103,19 +125,20 @@ def run_layer(
     x: Array,
     pos: Array,
     state: Any,
+    shared: Any,
     attend: Attend,
     rows: int = MLP_ROWS,
-) -> tuple[Array, Any]:
-    """One transformer layer: x [B, T, hidden] -> the same, and the layer's new state."""
+) -> tuple[Array, Any, Any]:
+    """One transformer layer: x [B, T, hidden] -> the same, the layer's new state, and what it hands on."""
     with jax.named_scope("attention"):
         new = project(weights, config, spec, rms_norm(x, weights["attn_norm"], config), pos)
-        out, state = attend(spec, state, new)
-        out = jnp.swapaxes(out, 1, 2).reshape(*x.shape[:2], -1).astype(x.dtype) @ weights["o_proj"]
+        out, state, shared = attend(spec, state, new, shared)
+        out = merge(weights, config, out.astype(x.dtype))
         x = x + (rms_norm(out, weights["post_attn_norm"], config) if config.post_norms else out)
     with jax.named_scope("mlp"):
         out = mlp(weights, config, rms_norm(x, weights["mlp_norm"], config), rows)
         x = x + (rms_norm(out, weights["post_mlp_norm"], config) if config.post_norms else out)
-    return x, state
+    return x, state, shared
 
 
 def alike(states: Sequence[Any]) -> bool:
@@ -128,9 +151,12 @@ def alike(states: Sequence[Any]) -> bool:
 
 
 def run_layers(
-    params: Params, config: Config, x: Array, pos: Array, states: Sequence[Any], attend: Attend
-) -> tuple[Array, tuple[Any, ...]]:
-    """All layers. Stacked params (see `stack_layers`) run under `lax.scan` where the states of a run are alike too."""
+    params: Params, config: Config, x: Array, pos: Array, states: Sequence[Any], shared: Any, attend: Attend
+) -> tuple[Array, tuple[Any, ...], Any]:
+    """All layers, each with its state; `shared` goes from one to the next.
+
+    Stacked params (see `stack_layers`) run under `lax.scan` where the states of a run are alike too.
+    """
     if len(params["layers"]) == config.num_layers:
         run = [(i,) for i in range(config.num_layers)]
     else:
@@ -141,19 +167,20 @@ def run_layers(
         stacked = block["attn_norm"].ndim == 2
         if stacked and alike(mine):
 
-            def step(x, xs, spec=spec):
-                weights, state = xs
-                return run_layer(weights, config, spec, x, pos, state, attend)
+            def step(carry, xs, spec=spec):
+                (x, shared), (weights, state) = carry, xs
+                x, state, shared = run_layer(weights, config, spec, x, pos, state, shared, attend)
+                return (x, shared), state
 
             together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *mine)
-            x, together = lax.scan(step, x, (block, together))
+            (x, shared), together = lax.scan(step, (x, shared), (block, together))
             new_states += [jax.tree.map(lambda leaf, i=i: leaf[i], together) for i in range(len(layers))]
             continue
         for i, state in enumerate(mine):
             weights = jax.tree.map(lambda leaf, i=i: leaf[i], block) if stacked else block
-            x, state = run_layer(weights, config, spec, x, pos, state, attend)
+            x, state, shared = run_layer(weights, config, spec, x, pos, state, shared, attend)
             new_states.append(state)
-    return x, tuple(new_states)
+    return x, tuple(new_states), shared
 
 
 def positions(tokens: Array, lengths: Array | None) -> Array:
@@ -162,10 +189,10 @@ def positions(tokens: Array, lengths: Array | None) -> Array:
     return pos if lengths is None else jnp.where(pos < lengths[:, None], pos, EMPTY)
 
 
-def plain_attend(spec: LayerSpec, state: None, new: Tokens) -> tuple[Array, None]:
+def plain_attend(spec: LayerSpec, state: None, new: Tokens, shared: None) -> tuple[Array, None, None]:
     """Causal attention of a prompt over itself; nothing is stored."""
     out, _ = causal_attention(new.q, new.k, new.v, new.pos, scale=spec.scale, window=spec.window, softcap=spec.softcap)
-    return out, state
+    return out, state, shared
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -182,7 +209,8 @@ def forward(params: Params, config: Config, tokens: Array, lengths: Array | None
       [B, T, vocab] float32; rows of padding hold numbers without meaning.
     """
     pos = positions(tokens, lengths)
-    x, _ = run_layers(params, config, embed(params, config, tokens), pos, (None,) * config.num_layers, plain_attend)
+    states = (None,) * config.num_layers
+    x, *_ = run_layers(params, config, embed(params, config, tokens), pos, states, None, plain_attend)
     return unembed(params, config, x)
 
 

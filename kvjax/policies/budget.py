@@ -82,7 +82,9 @@ def np_like(x: Any) -> Any:
 
 
 class Allocate(Protocol):
-    """Spreads an average budget over the layers that a policy compresses."""
+    """Spreads an average budget over the layers that a policy compresses, known before anything is computed."""
+
+    weigh: None
 
     def __call__(self, mean: Any, length: Any, layers: int, least: int) -> Any:
         """Slots of each layer, [layers, ...] int32, at most `mean * layers` together and never more than `length` each.
@@ -96,9 +98,42 @@ class Allocate(Protocol):
         ...
 
 
+class Divide(Protocol):
+    """Spreads an average budget over layers by what is seen of them: decided on the host, between compiled stages."""
+
+    @property
+    def cascades(self) -> bool:
+        """Whether layers are cut to their share as soon as the next one is seen, so that all layers together never
+        hold much more than the budget. Otherwise all wait, whole, for the last one."""
+        ...
+
+    @property
+    def needs(self) -> Any:
+        """The statistics of a prompt (`Needs`) that it weighs layers by."""
+        ...
+
+    def weigh(self, prompt: Any, obs: Any, spec: Any) -> jax.Array:
+        """How much one layer asks for: [B] float32, from a `Prompt` and its `Observation`."""
+        ...
+
+    def divide(self, weights: np.ndarray, mean: Any, length: Any, layers: int, least: int) -> np.ndarray:
+        """Slots [seen, B] int32 of the layers seen so far, at most `mean * layers` together.
+
+        Args:
+          weights: Of the layers seen so far [seen, B].
+          mean: Average slots per layer [B], float.
+          length: Tokens of the prompts [B] int32.
+          layers: How many layers are compressed in all.
+          least: Floor of every layer.
+        """
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Uniform:
     """The same for every layer."""
+
+    weigh = None
 
     def __call__(self, mean: Any, length: Any, layers: int, least: int) -> Any:
         del least
@@ -119,6 +154,7 @@ class Pyramid:
     """
 
     beta: float = 20.0
+    weigh = None
 
     def __call__(self, mean: Any, length: Any, layers: int, least: int) -> Any:
         xp = np_like(length)

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from kvjax.policies.policy import Policy
+from kvjax.policies.read import ReadAll
 from kvjax.policies.stage import Evict, Ring, Stage
 from kvjax.policies.store import Slotwise, Store
 
@@ -16,7 +17,7 @@ def parts(policy: Policy) -> dict[str, str]:
         "budget": _joined(_budget(stage) for stage in stages),
         "reduce": _joined(_reduce(stage) for stage in stages),
         "store": _store(policy.store),
-        "read": "all",
+        "read": "all" if policy.read == ReadAll() else show(policy.read),
         "phase": phase(policy),
     }
 

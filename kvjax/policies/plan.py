@@ -8,14 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from kvjax.cache import Cache, LayerSpec, make_ring, tree_nbytes
+from kvjax.cache import Cache, LayerSpec, Tokens, make_ring, tree_nbytes
 from kvjax.cache.types import static
 from kvjax.models.config import Config
 from kvjax.models.transformer import layer_spec
 from kvjax.policies.budget import Budget
-from kvjax.policies.observe import Needs, Observation, Prompt
-from kvjax.policies.policy import Policy, PolicyError, make_layer
+from kvjax.policies.divide import Division, begin_layer, finish_layer
+from kvjax.policies.observe import Needs, observe
+from kvjax.policies.policy import Place, Policy, PolicyError, make_layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,16 +27,18 @@ class Plan:
     Attributes:
       policy: With budgets in bytes turned into tokens.
       length: Tokens of the longest prompt.
-      capacities: For every compressed layer, for every stage, the slots of the longest row.
+      places: For every compressed layer, what each stage allocates for the longest row, and the layer's role.
+      decided: False where budgets depend on the data: then `places` give every layer the same, and `decide` the rest.
     """
 
     policy: Policy
     length: int
-    capacities: tuple[tuple[int, ...], ...]
+    places: tuple[Place, ...]
+    decided: bool = True
 
     def slots(self, lengths: jax.Array) -> jax.Array:
         """Tokens that every row keeps: [layers, stages, B] int32 for prompts of lengths [B]."""
-        layers, stages = len(self.capacities), self.policy.stages
+        layers, stages = len(self.places), self.policy.stages
         if not stages:
             return jnp.zeros((layers, 0, lengths.shape[0]), jnp.int32)
         return jnp.stack([jnp.asarray(stage.slots(lengths, layers), jnp.int32) for stage in stages], 1)
@@ -54,10 +58,10 @@ def plan(policy: Policy, config: Config, lengths: Any, dtype: Any) -> Plan:
     """
     lengths = np.atleast_1d(np.asarray(lengths, np.int32))
     length, layers = int(lengths.max()), len(config.full_layers)
-    if policy.stages and not layers:
+    if policy != Policy() and not layers:
         raise PolicyError(f"{policy} compresses full-attention layers, and {config.family} has none. Use 'full'.")
     try:
-        policy.layout.check(config)
+        policy.check(config)
     except ValueError as error:
         raise PolicyError(f"{policy}: {error}") from None
     if policy.stages and policy.stages[-1].budget.bytes is not None:
@@ -74,8 +78,8 @@ def plan(policy: Policy, config: Config, lengths: Any, dtype: Any) -> Plan:
                 "sinks and a smaller window."
             )
         per_stage.append(slots.max(1))
-    capacities = tuple(tuple(int(slots[i]) for slots in per_stage) for i in range(layers))
-    return Plan(policy, length, capacities)
+    places = tuple(Place(tuple(int(slots[i]) for slots in per_stage), policy.role(i, layers)) for i in range(layers))
+    return Plan(policy, length, places, decided=not policy.divided)
 
 
 def _in_tokens(policy: Policy, config: Config, length: int, dtype: Any) -> Policy:
@@ -85,7 +89,7 @@ def _in_tokens(policy: Policy, config: Config, length: int, dtype: Any) -> Polic
 
     def with_tokens(tokens: int) -> Policy:
         stage = dataclasses.replace(last, budget=Budget(tokens=tokens))  # type: ignore[type-var]
-        return Policy(stages=(*before, stage), store=policy.store, read=policy.read, label=policy.label)
+        return dataclasses.replace(policy, stages=(*before, stage))
 
     def size(tokens: int) -> int:
         return nbytes(plan(with_tokens(tokens), config, length, dtype), config, dtype)
@@ -105,9 +109,10 @@ def _in_tokens(policy: Policy, config: Config, length: int, dtype: Any) -> Polic
 def nbytes(plan: Plan, config: Config, dtype: Any) -> int:
     """Bytes of the cache of one sequence.
 
-    A policy that evicts at every step needs one more slot as soon as a token is added; that slot counts.
+    A policy that evicts at every step needs one more slot as soon as a token is added; that slot counts. Where budgets
+    depend on the data, the largest cache that they can lead to.
     """
-    cache = abstract_cache(plan, config, 1, dtype)
+    cache = abstract_cache(_worst(plan), config, 1, dtype)
     return tree_nbytes(jax.eval_shape(lambda cache: cache.reserve(1), cache) if plan.policy.acts_every_step else cache)
 
 
@@ -132,54 +137,147 @@ class Observed:
     needs: Needs = static()
 
 
-def compress_layer(
-    policy: Policy, spec: LayerSpec, length: int, places: tuple[int, ...], observed: Any, slots: jax.Array
-) -> Any:
+def compress_layer(policy: Policy, spec: LayerSpec, length: int, place: Place, observed: Any, slots: jax.Array) -> Any:
     """The cache of one full-attention layer.
 
     Args:
       policy, spec: What to do, and to which kind of layer.
       length: Tokens of the longest prompt; padding beyond is cut off.
-      places: Slots that each stage allocates.
+      place: What is allocated.
       observed: (Prompt, Observation) of the layer.
       slots: Tokens that each stage leaves in each row [stages, B] int32.
     """
     prompt, obs = observed
-    if prompt.k.shape[2] > length:
-        prompt = prompt.take(jnp.arange(length)[None, None], jnp.asarray(True))
-    return make_layer(policy, spec, prompt, obs, slots, places)
+    return make_layer(policy, spec, prompt.first(length), obs, slots, place)
+
+
+def assemble(policy: Policy, config: Config, layers: Any, lengths: jax.Array) -> Cache:
+    """The whole cache, of its layers."""
+    shared = policy.read.share(lengths.shape[0], config)
+    cache = Cache(layers=tuple(layers), seen=lengths, shared=shared, config=config, policy=policy)
+    return cache if policy.transform is None else policy.transform.apply(cache, policy.layout)
+
+
+def compress(plan: Plan, observed: Observed) -> Cache:
+    """Applies a policy to a prompt that was observed: a pure function, the same as compressing while prefilling.
+
+    Raises:
+      PolicyError: The policy acts while the prompt is fed, in chunks. Or, under an outer `jit`, budgets depend on the
+        data: use `decide` before, and `compress_decided`.
+    """
+    if plan.policy.in_chunks:
+        raise PolicyError(
+            f"{plan.policy}: acts on every chunk while the prompt is fed, so that later chunks see what earlier ones "
+            "have left. Use `prefill`."
+        )
+    if plan.decided:
+        return compress_decided(plan, plan.slots(observed.lengths), observed)
+    begun, division = _begin(plan, observed)
+    return finish(plan, division, begun, observed.config, observed.layers, observed.lengths)
+
+
+def decide(plan: Plan, observed: Observed) -> tuple[Plan, jax.Array]:
+    """The plan with all capacities, and the tokens that every row keeps [layers, stages, B] int32.
+
+    Where budgets depend on the data this runs on the host, from one number per layer and row; else it says what is
+    known already.
+    """
+    if plan.decided:
+        return plan, plan.slots(observed.lengths)
+    return settle(plan, _begin(plan, observed)[1])
+
+
+def _begin(plan: Plan, observed: Observed) -> tuple[list[Any], Division]:
+    division, slots, begun = start_division(plan, observed.lengths), plan.slots(observed.lengths), []
+    for i, layer in enumerate(observed.config.full_layers):
+        spec = layer_spec(observed.config, layer)
+        layer, weight = begin_layer(plan.policy, spec, plan.length, plan.places[i], observed.layers[layer], slots[i])
+        begun, division = [*begun, layer], division.see(weight)
+    return begun, division
+
+
+def start_division(plan: Plan, lengths: jax.Array) -> Division:
+    """Before any layer is seen."""
+    if isinstance(lengths, Tracer):
+        raise PolicyError(
+            f"{plan.policy}: budgets depend on the data, so shapes are known only between compiled stages. Call it "
+            "outside `jit`; or `decide` a plan outside and use `compress_decided` inside."
+        )
+    return Division(plan.policy, np.asarray(lengths), len(plan.places))
+
+
+def settle(plan: Plan, division: Division) -> tuple[Plan, jax.Array]:
+    """The plan with the capacities of a division that has seen all layers, and the tokens that every row keeps."""
+    places = tuple(
+        dataclasses.replace(place, capacities=(*place.capacities[:-1], division.capacity(i)), bound=division.bound(i))
+        for i, place in enumerate(plan.places)
+    )
+    slots = plan.slots(jnp.asarray(division.lengths)).at[:, -1].set(division.slots)
+    return dataclasses.replace(plan, places=places, decided=True), slots
+
+
+def finish(plan: Plan, division: Division, begun: Any, config: Config, layers: Any, lengths: jax.Array) -> Cache:
+    """The cache of layers that were begun.
+
+    Args:
+      begun: (Prompt, Observation) of every full-attention layer, scored.
+      layers: Every layer's state; those of full-attention layers are replaced.
+    """
+    settled, slots = settle(plan, division)
+    layers = list(layers)
+    for i, layer in enumerate(config.full_layers):
+        spec = layer_spec(config, layer)
+        layers[layer] = finish_layer(plan.policy, spec, settled.places[i], begun[i], slots[i, -1])
+    return assemble(plan.policy, config, layers, lengths)
 
 
 @functools.partial(jax.jit, static_argnames="plan")
-def compress(plan: Plan, observed: Observed) -> Cache:
-    """Applies a policy to a prompt that was observed: a pure function, the same as compressing while prefilling."""
-    config, slots = observed.config, plan.slots(observed.lengths)
+def compress_decided(plan: Plan, slots: jax.Array, observed: Observed) -> Cache:
+    """`compress` with what `decide` says: runs under `jit` whatever the policy."""
+    config = observed.config
     layers = list(observed.layers)
     for i, layer in enumerate(config.full_layers):
-        spec, places = layer_spec(config, layer), plan.capacities[i]
-        layers[layer] = compress_layer(plan.policy, spec, plan.length, places, layers[layer], slots[i])
-    return Cache(layers=tuple(layers), seen=observed.lengths, config=config, policy=plan.policy)
+        spec, place = layer_spec(config, layer), plan.places[i]
+        layers[layer] = compress_layer(plan.policy, spec, plan.length, place, layers[layer], slots[i])
+    return assemble(plan.policy, config, layers, observed.lengths)
+
+
+def _worst(plan: Plan) -> Plan:
+    """For plans that are not decided yet: as if rounding cost every layer what it can cost at most."""
+    if plan.decided:
+        return plan
+
+    def grown(slots: int) -> int:
+        return min(slots + slots // 8 + 1, plan.length)
+
+    places = tuple(
+        dataclasses.replace(place, capacities=(*place.capacities[:-1], grown(place.capacities[-1])))
+        for place in plan.places
+    )
+    return dataclasses.replace(plan, places=places)
 
 
 def abstract_cache(plan: Plan, config: Config, batch: int, dtype: Any) -> Cache:
     """The cache that a plan leads to, as shapes without data: what would it cost?"""
-    needs, length, dim = plan.policy.needs, plan.length, config.head_dim
+    needs, length, dim = plan.policy.needs, plan.length, config.key_dim
 
-    def observed() -> Observed:
-        kv = jnp.zeros((batch, config.num_kv_heads, length, dim), dtype)
-        pos = jnp.zeros((batch, 1, length), jnp.int32)
-        moments = jnp.zeros((batch, config.num_heads, dim)), jnp.zeros((batch, config.num_heads, dim, dim))
-        obs = Observation(
-            q=jnp.zeros((batch, config.num_heads, needs.window, dim), dtype),
-            q_pos=jnp.zeros((batch, needs.window), jnp.int32),
-            moments=dict.fromkeys(needs.moments, moments),
-            length=pos[:, 0, 0],
-            layer=jnp.int32(0),
-        )
-        full = (Prompt(k=kv, v=kv, pos=pos, sums=jnp.zeros(kv.shape[:3])), obs)
-        ring = make_ring(kv, kv, pos[:, 0], config.sliding_window) if config.sliding_window else None
-        layers = tuple(full if kind == "full" else ring for kind in config.layer_types)
-        last = jnp.zeros((batch, config.hidden_size), dtype)
-        return Observed(layers=layers, lengths=pos[:, 0, 0], last=last, config=config, needs=needs)
+    def seen(layer: int) -> Any:
+        spec, pos = layer_spec(config, layer), jnp.zeros((batch, length), jnp.int32)
+        q = jnp.zeros((batch, config.num_heads, length, dim), dtype)
+        k = jnp.zeros((batch, config.cache_heads, length, dim), dtype)
+        v = k[..., -config.value_dim :]
+        if config.layer_types[layer] == "sliding":
+            return make_ring(k, v, pos, config.sliding_window, latent=spec.latent)
+        new = Tokens(q=q, k=k, v=v, q_raw=q, k_raw=k, pos=pos)
+        _, prompt, obs = observe(spec, new, dataclasses.replace(needs, tokenwise=()), jnp.int32(0))
+        # These need trained parameters, which a plan has none of; their shape is known without.
+        numbers = {number.name: jnp.zeros(k.shape[:3]) for number in needs.tokenwise}
+        return dataclasses.replace(prompt, tokenwise=numbers), obs
 
-    return jax.eval_shape(lambda: compress(plan, observed()))
+    def cache() -> Cache:
+        lengths, last = jnp.full((batch,), length, jnp.int32), jnp.zeros((batch, config.hidden_size), dtype)
+        layers = tuple(seen(layer) for layer in range(config.num_layers))
+        observed = Observed(layers=layers, lengths=lengths, last=last, config=config, needs=needs)
+        return compress_decided(plan, plan.slots(lengths), observed)
+
+    return jax.eval_shape(cache)

@@ -1,4 +1,5 @@
-"""A policy is a value: stages that choose tokens, a store that lays them out, a way to read them. `a | b` composes.
+"""A policy is a value: stages that choose tokens, a store that lays them out, a way to read them, and what is done to
+the cache as a whole. `a | b` composes.
 
 The rules of composition are checked when a policy is built, so that a policy that exists makes sense.
 """
@@ -8,16 +9,13 @@ from typing import Any
 
 from jax import Array
 
-from kvjax.cache import LayerSpec, Tokens, attend
+from kvjax.cache import LayerSpec, Tokens
 from kvjax.policies.budget import Budget
 from kvjax.policies.observe import Needs, Observation, Prompt
-from kvjax.policies.stage import Stage
-from kvjax.policies.store import Slotwise, Store
-
-
-@dataclasses.dataclass(frozen=True)
-class ReadAll:
-    """Every query looks at everything that is stored."""
+from kvjax.policies.read import Read, ReadAll
+from kvjax.policies.stage import Forget, Stage
+from kvjax.policies.store import Built, Role, Slotwise, Store
+from kvjax.policies.transform import Transform
 
 
 class PolicyError(ValueError):
@@ -32,20 +30,22 @@ class Policy:
       stages: Choose tokens, one after another, each from what the one before has left. Empty: all tokens stay.
       store: Layout in bytes; None is full precision.
       read: What a query looks at.
+      transform: What is done to the cache as a whole.
       label: How it was written, for tables.
     """
 
     stages: tuple[Stage, ...] = ()
     store: Store | None = None
-    read: ReadAll = ReadAll()
+    read: Read = ReadAll()
+    transform: Transform | None = None
     label: str = dataclasses.field(default="full", compare=False)
 
     def __post_init__(self):
         for stage in self.stages[:-1]:
-            if stage.phase.when == "step":
+            if stage.phase.when != "prompt":
                 raise PolicyError(
-                    f"In {self.label!r} a policy that goes on acting while decoding is followed by another that "
-                    "evicts. It must come last."
+                    f"In {self.label!r} a policy that acts while tokens are added is followed by another that evicts. "
+                    "It must come last."
                 )
         last = self.stages[-1] if self.stages else None
         if any(stage.by_position for stage in self.stages[1:]):
@@ -53,7 +53,29 @@ class Policy:
                 f"In {self.label!r} a policy that goes by the order of tokens (a ring of recent ones, or chunks of "
                 "neighbours) follows an eviction that leaves gaps. Put it first, or use one of the two."
             )
-        if last is not None and last.phase.when == "step" and not self.layout.slotwise:
+        if last is not None and last.ragged:
+            try:
+                (self.store or Slotwise()).ragged()
+            except ValueError as error:
+                raise PolicyError(
+                    f"{self.label!r}: heads keep different numbers of tokens, and {error}. Use another store, or a "
+                    "policy that keeps as many in every head."
+                ) from None
+        if any(stage.ragged or stage.divide is not None for stage in self.stages[:-1]):
+            raise PolicyError(
+                f"In {self.label!r} a policy whose budgets depend on the data is followed by another that evicts. It "
+                "must come last."
+            )
+        if self.in_chunks and len(self.stages) > 1:
+            raise PolicyError(
+                f"In {self.label!r} a policy that acts on every chunk of the prompt follows one that acts on the whole "
+                "of it. Use one of the two."
+            )
+        if last is not None and last.rest not in (None, Forget()) and self.layout.holds_rest:
+            raise PolicyError(
+                f"{self.label!r}: one part merges the tokens that do not fit, the other stores them. Use one of the two."
+            )
+        if last is not None and last.phase.when != "prompt" and not self.layout.slotwise:
             raise PolicyError(
                 f"{self.label!r}: the store packs groups of tokens, and a policy that evicts while decoding overwrites "
                 'single ones. Evict at the end of the prompt (phase="prompt") or store single tokens (int8, int4, fp8).'
@@ -66,6 +88,12 @@ class Policy:
                 )
         if any(stage.budget.bytes is not None for stage in self.stages[:-1]):
             raise PolicyError(f"{self.label!r}: bytes can only bound the last policy that evicts.")
+        try:
+            self.read.fits(self)
+            if self.transform is not None:
+                self.transform.fits(self)
+        except ValueError as error:
+            raise PolicyError(f"{self.label!r}: {error}") from None
 
     def __or__(self, other: "Policy") -> "Policy":
         """First this, then the other on what is left.
@@ -80,26 +108,59 @@ class Policy:
             raise PolicyError(f"{label!r}: both lay tokens out in bytes; a token is stored once. Use one of the two.")
         if self.store is not None and other.stages:
             raise PolicyError(f"{label!r}: evict first, then store: write {other.label} | {self.label}.")
-        if not self.stages and self.store is None:
-            return other
-        if not other.stages and other.store is None:
-            return self
-        return Policy(stages=self.stages + other.stages, store=self.store or other.store, label=label)
+        if self.read != ReadAll() and other.read != ReadAll():
+            raise PolicyError(f"{label!r}: both say what a query looks at. Use one of the two.")
+        if self.transform is not None and other.transform is not None:
+            raise PolicyError(f"{label!r}: both change the cache as a whole. Use one of the two.")
+        empty = Policy()
+        if empty in (self, other):
+            return self if other == empty else other
+        return Policy(
+            stages=self.stages + other.stages,
+            store=self.store or other.store,
+            read=other.read if self.read == ReadAll() else self.read,
+            transform=self.transform or other.transform,
+            label=label,
+        )
 
     def __str__(self) -> str:
         return self.label
 
     @property
     def layout(self) -> Store:
-        return self.store or Slotwise()
+        store = self.store or Slotwise()
+        return store.ragged() if self.stages and self.stages[-1].ragged else store
 
     @property
     def needs(self) -> Needs:
-        """Statistics that the stages ask for."""
-        needs = Needs()
+        """What the parts ask to see of a prompt."""
+        needs = self.layout.needs | self.read.needs
         for stage in self.stages:
             needs = needs | stage.needs
         return needs
+
+    @property
+    def divided(self) -> bool:
+        """Whether layers' budgets depend on the data, so that they are decided while the prompt is seen."""
+        return bool(self.stages) and self.stages[-1].divide is not None
+
+    def role(self, layer: int, layers: int) -> Role:
+        """What the layer-th of all compressed layers is to do, part by part."""
+        return Role(
+            stage=self.stages[-1].role(layer, layers) if self.stages else None,
+            store=self.layout.role(layer, layers),
+            read=self.read.role(layer, layers),
+            whole=self.transform is not None and self.transform.whole(layer, layers),
+        )
+
+    def check(self, config: Any) -> None:
+        """Raises ValueError where a model's shapes do not fit."""
+        for stage in self.stages:
+            stage.check(config)
+        self.layout.check(config)
+        self.read.check(config)
+        if self.transform is not None:
+            self.transform.check(config)
 
     @property
     def endless(self) -> bool:
@@ -108,14 +169,20 @@ class Policy:
 
     @property
     def acts_every_step(self) -> bool:
-        """Whether tokens must be added one at a time, because each may evict another."""
-        return bool(self.stages) and self.stages[-1].update is not None
+        """Whether tokens must be added one at a time, because each may change what is there."""
+        return self.transform is not None or (bool(self.stages) and self.stages[-1].update is not None)
+
+    @property
+    def in_chunks(self) -> bool:
+        """Whether the policy acts while the prompt is fed chunk by chunk, so that it cannot be applied afterwards."""
+        return bool(self.stages) and self.stages[-1].phase.when == "chunk"
 
     @property
     def after_prompt(self) -> "Policy":
         """What is left to do once the prompt is compressed. Policies that differ only in how they do that have the
         same, so a cache that carries it shares compiled decoding with theirs."""
-        return Policy(stages=self.stages[-1:] if self.acts_every_step else (), read=self.read)
+        acting = self.stages[-1:] if self.stages and self.stages[-1].update is not None else ()
+        return Policy(stages=acting, read=self.read, transform=self.transform)
 
 
 def _never_less(before: Budget, after: Budget) -> bool:
@@ -123,34 +190,58 @@ def _never_less(before: Budget, after: Budget) -> bool:
     return any(a is not None and b is not None and b >= a for a, b in pairs)
 
 
-def make_layer(
-    policy: Policy, spec: LayerSpec, prompt: Prompt, obs: Observation, slots: Array, capacities: tuple[int, ...]
-) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What is decided of a layer before it is compiled; layers that agree share a compilation.
+
+    Attributes:
+      capacities: Slots that each stage allocates.
+      role: See `Role`.
+      bound: Slots that the layer may grow to where its last stage goes on evicting; 0: as many as that has anywhere.
+    """
+
+    capacities: tuple[int, ...] = ()
+    role: Role = Role()
+    bound: int = 0
+
+
+def make_layer(policy: Policy, spec: LayerSpec, prompt: Prompt, obs: Observation, slots: Array, place: Place) -> Any:
     """Compresses one layer: a pure function of what was observed.
 
     Args:
       prompt, obs: Of the layer.
       slots: Tokens that each stage leaves in each row, [stages, B] int32.
-      capacities: Places that each stage allocates.
+      place: What is allocated.
 
     Returns:
       The layer's cache.
     """
+    prompt = reduce_before(policy, spec, prompt, obs, slots, place)
+    about = Built(obs=obs, spec=spec, capacity=prompt.k.shape[2], role=place.role, bound=place.bound)
     if not policy.stages:
-        return policy.layout.build(prompt)
-    *before, last = range(len(policy.stages))
-    for i in before:
-        prompt = policy.stages[i].reduce(prompt, obs, spec, slots[i], capacities[i])
-    return policy.stages[last].build(prompt, obs, spec, slots[last], capacities[last], policy.layout)
+        layer = (Slotwise() if place.role.whole else policy.layout).build(prompt, about)
+    else:
+        layer = policy.stages[-1].build(prompt, about, slots[-1], place.capacities[-1], policy.layout)
+    return policy.read.wrap(layer, about)
+
+
+def reduce_before(
+    policy: Policy, spec: LayerSpec, prompt: Prompt, obs: Observation, slots: Array, place: Place
+) -> Prompt:
+    """What all stages but the last leave of a prompt; arguments as in `make_layer`."""
+    for i, stage in enumerate(policy.stages[:-1]):
+        about = Built(obs=obs, spec=spec, capacity=prompt.k.shape[2], role=place.role)
+        prompt = stage.reduce(prompt, about, slots[i], place.capacities[i])
+    return prompt
 
 
 def attend_with(policy: Policy):
     """The `attend` of a model whose cache this policy made."""
-    stage = policy.stages[-1] if policy.acts_every_step else None
+    stage = policy.stages[-1] if policy.stages and policy.stages[-1].update is not None else None
     mark = stage.update if stage is not None else None
 
-    def attend_and_evict(spec: LayerSpec, layer: Any, new: Tokens) -> tuple[Array, Any]:
-        out, layer = attend(spec, layer, new, mark)
-        return out, layer if stage is None or layer.marks is None else stage.step(layer)
+    def attend_and_evict(spec: LayerSpec, layer: Any, new: Tokens, shared: Any) -> tuple[Array, Any, Any]:
+        out, layer, shared = layer.attend(new, spec, shared, mark)
+        return out, layer if stage is None or layer.marks is None else stage.step(layer), shared
 
     return attend_and_evict

@@ -31,6 +31,7 @@ class Method:
       url: Of the paper or the original code.
       summary: First sentence of the docstring.
       example: Parameters that make a typical policy, for tests and listings.
+      small: Further ones that make it fit prompts of twenty tokens and heads of sixteen channels, for tests.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Method:
     url: str
     summary: str
     example: Mapping[str, Any]
+    small: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -54,29 +56,38 @@ class Method:
         return policy(self.name, **self.example)
 
 
-def register(paper: str, url: str, **example: Any) -> Callable[[Callable[..., Policy]], Callable[..., Policy]]:
-    """Decorator of a method's builder; the function's name is the method's.
+def register(
+    paper: str, url: str, *, small: Mapping[str, Any] = MappingProxyType({}), **example: Any
+) -> Callable[[Callable[..., Policy]], Callable[..., Policy]]:
+    """Decorator of a method's builder; the function's name is the method's. A later one of the same name replaces it.
 
     Args:
       paper, url: Where it comes from.
+      small: Parameters that make it fit prompts of twenty tokens and heads of sixteen channels, for tests; the budget
+        is a half by itself.
       example: Parameters of a typical policy.
     """
 
     def add(build: Callable[..., Policy]) -> Callable[..., Policy]:
         summary = (inspect.getdoc(build) or "").split("\n\n")[0].replace("\n", " ")
-        _METHODS[build.__name__] = Method(build.__name__, build, paper, url, summary, MappingProxyType(example))
+        typical, fit = MappingProxyType(dict(example)), MappingProxyType(dict(small))
+        _METHODS[build.__name__] = Method(build.__name__, build, paper, url, summary, typical, fit)
         return build
 
     return add
 
 
-@functools.cache
 def methods() -> Mapping[str, Method]:
-    """Every registered method by name."""
+    """Every registered method by name: those in `kvjax/methods`, and what a notebook has registered."""
+    _discover()
+    return MappingProxyType(dict(sorted(_METHODS.items())))
+
+
+@functools.cache
+def _discover() -> None:
     package = importlib.import_module("kvjax.methods")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"kvjax.methods.{module.name}")
-    return MappingProxyType(dict(sorted(_METHODS.items())))
 
 
 def nearest(word: str, known: Any) -> str:

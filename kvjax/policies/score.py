@@ -3,8 +3,8 @@ better.
 
 `score(prompt, obs, spec)` -> [B, 1 or H, S] float32, one row where all heads share a ranking; entries of empty slots
 mean nothing. `needs` says which statistics it reads. A score that can be kept up while decoding also has `update(marks,
-weights, new)`: the slots' marks [B, 1 or H, S] and a step's attention weights [B, H, G, T, S + T] -> marks [B, 1 or H,
-S + T].
+weights, new, pos)`: the slots' marks [B, 1 or H, S], a step's attention weights [B, H, G, T, S + T], the new tokens and
+the slots' positions [B, 1 or H, S] -> marks [B, 1 or H, S + T].
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ from jax import Array, lax
 from kvjax.cache import EMPTY, LayerSpec, Tokens
 from kvjax.kernels.attention import dot_keys, fold, masked_softmax, visible
 from kvjax.models.rope import apply_rope, rope_tables
-from kvjax.policies.observe import Needs, Observation, Prompt
+from kvjax.policies.observe import Needs, Observation, Prompt, Tokenwise
 
-Update = Callable[[Array, Array, Tokens], Array]
+Update = Callable[[Array, Array, Tokens, Array], Array]
 
 
 class Score(Protocol):
@@ -42,6 +42,11 @@ def window_attention(prompt: Prompt, obs: Observation, spec: LayerSpec, window: 
     return masked_softmax(logits, mask[:, :, None], spec.softcap)
 
 
+def before_window(prompt: Prompt, obs: Observation, window: int) -> Array:
+    """Which tokens come before an observation window of `window` queries: [B, 1 or H, S] bool."""
+    return (prompt.pos < obs.length[:, None, None] - window) & (prompt.pos != EMPTY)
+
+
 def pool(x: Array, width: int, kind: Literal["avg", "max"]) -> Array:
     """Pooling over the last axis, stride 1, padded with zeros that count in the average (as PyTorch's pools do)."""
     if width == 1:
@@ -59,11 +64,14 @@ class WindowAttention:
     Attributes:
       window: Queries that vote. They are judged by recency alone: votes for tokens inside the window do not count.
       width, kind: Pooling of votes over neighbouring tokens, so that a detail keeps its surroundings.
+      joined: Whether the query heads of a group are averaged before pooling (Ada-KV) instead of after; it matters to
+        maxima alone.
     """
 
     window: int = 32
     width: int = 5
     kind: Literal["avg", "max"] = "avg"
+    joined: bool = False
     update = None
 
     def __post_init__(self):
@@ -79,8 +87,65 @@ class WindowAttention:
 
     def __call__(self, prompt: Prompt, obs: Observation, spec: LayerSpec) -> Array:
         votes = window_attention(prompt, obs, spec, self.window).mean(3)
-        before = (prompt.pos < obs.length[:, None, None] - self.window)[:, :, None] & (prompt.pos != EMPTY)[:, :, None]
-        return pool(jnp.where(before, votes, 0.0), self.width, self.kind).mean(2)
+        before = before_window(prompt, obs, self.window)[:, :, None]
+        votes = jnp.where(before, votes, 0.0)
+        if self.joined:
+            return pool(votes.mean(2), self.width, self.kind)
+        return pool(votes, self.width, self.kind).mean(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class SteadyAttention:
+    """Mean attention from an observation window plus `gamma` times its variance over the window's queries, pooled over
+    neighbours (CAKE, section 4.3): a token that matters now and then is worth keeping too.
+
+    While decoding: attention of the newest query alone, pooled over neighbours.
+
+    Attributes:
+      window: Queries that vote, at least 2; their tokens are judged by recency alone.
+      gamma: Weight of the variance (unbiased).
+      width: Of the average over neighbours, odd.
+      neighbours: Which tokens are neighbours while decoding: those next in "rank" by the step before, with which the
+        authors' cache lies in order, or those next in the "text".
+    """
+
+    window: int = 32
+    gamma: float = 200.0
+    width: int = 5
+    neighbours: Literal["rank", "text"] = "rank"
+
+    def __post_init__(self):
+        if self.window < 2 or self.width < 1 or self.width % 2 == 0:
+            raise ValueError(
+                "A variance needs a window of two queries at least, and the pool's width is odd; got "
+                f"window={self.window}, width={self.width}."
+            )
+        if self.neighbours not in ("rank", "text"):
+            raise ValueError(f'neighbours is "rank" or "text", got {self.neighbours!r}.')
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(window=self.window)
+
+    def __call__(self, prompt: Prompt, obs: Observation, spec: LayerSpec) -> Array:
+        votes = window_attention(prompt, obs, spec, self.window)
+        votes = votes.mean(3) + self.gamma * votes.var(3, ddof=1)
+        before = before_window(prompt, obs, self.window)[:, :, None]
+        return pool(jnp.where(before, votes, 0.0), self.width, "avg").mean(2)
+
+    def update(self, marks: Array, weights: Array, new: Tokens, pos: Array) -> Array:
+        marks = jnp.pad(marks, ((0, 0), (0, 0), (0, new.pos.shape[1])))
+        ahead = jnp.broadcast_to(new.pos[:, None], (*pos.shape[:2], new.pos.shape[1]))
+        pos = jnp.concatenate([pos, ahead], -1)
+        newest = pos.max((1, 2), keepdims=True)
+        before = (pos != EMPTY) & (pos <= newest - self.window)
+        # The token that leaves the window with this step has no rank yet: it comes last.
+        ranks = jnp.where(pos == newest - self.window, jnp.inf, -marks) if self.neighbours == "rank" else pos
+        order = jnp.lexsort((ranks, ~before))
+        seen = jnp.where(before, weights[..., -1, :].mean(2), 0.0)
+        pooled = pool(jnp.take_along_axis(seen, order, -1), self.width, "avg")
+        pooled = jnp.take_along_axis(pooled, jnp.argsort(order, axis=-1), -1)
+        return jnp.where(new.pos[:, -1:, None] == EMPTY, marks, pooled)  # Padding is no step.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +163,8 @@ class LastAttention:
         attention = window_attention(prompt, obs, spec, 1).mean((2, 3))
         return attention if prompt.pos.shape[1] > 1 else attention.mean(1, keepdims=True)
 
-    def update(self, marks: Array, weights: Array, new: Tokens) -> Array:
-        del new
+    def update(self, marks: Array, weights: Array, new: Tokens, pos: Array) -> Array:
+        del new, pos
         attention = weights[..., -1, :].mean(2)
         return attention if marks.shape[1] > 1 else attention.mean(1, keepdims=True)
 
@@ -121,7 +186,8 @@ class AccumulatedAttention:
         assert prompt.sums is not None
         return prompt.sums / jnp.maximum(obs.length[:, None, None] - prompt.pos, 1) if self.normalized else prompt.sums
 
-    def update(self, marks: Array, weights: Array, new: Tokens) -> Array:
+    def update(self, marks: Array, weights: Array, new: Tokens, pos: Array) -> Array:
+        del new, pos
         received = weights.sum((2, 3))
         return received.at[..., : marks.shape[-1]].add(marks)
 
@@ -136,8 +202,8 @@ class KeyNorm:
         del obs, spec
         return -jnp.linalg.norm(prompt.k.astype(jnp.float32), axis=-1)
 
-    def update(self, marks: Array, weights: Array, new: Tokens) -> Array:
-        del weights
+    def update(self, marks: Array, weights: Array, new: Tokens, pos: Array) -> Array:
+        del weights, pos
         return jnp.concatenate([marks, -jnp.linalg.norm(new.k.astype(jnp.float32), axis=-1)], -1)
 
 
@@ -200,6 +266,29 @@ class ExpectedAttention:
         if not self.value_norm:
             return expected
         return (expected + self.epsilon) * jnp.linalg.norm(prompt.v.astype(jnp.float32), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class OfItself:
+    """What is said of a token by itself, as it is projected: known at once and never again different (trained heads).
+
+    Attributes:
+      number: Says it.
+    """
+
+    number: Tokenwise
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(tokenwise=(self.number,))
+
+    def __call__(self, prompt: Prompt, obs: Observation, spec: LayerSpec) -> Array:
+        del obs, spec
+        return prompt.tokenwise[self.number.name]
+
+    def update(self, marks: Array, weights: Array, new: Tokens, pos: Array) -> Array:
+        del weights, pos
+        return jnp.concatenate([marks, self.number(new)], -1)
 
 
 @dataclasses.dataclass(frozen=True)

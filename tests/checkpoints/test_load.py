@@ -41,7 +41,7 @@ def test_model_with_tokenizer_through_orbax(gemma, tmp_path):
     ("name", "words"),
     [
         ("gemma3-270", "Did you mean gemma3-270m"),
-        ("no-such-model", "packaged model .gemma3-270m."),
+        ("no-such-model", "packaged model .tiny, gemma3-270m."),
         ("model.gguf", "There is no model 'model.gguf'"),
         ("some/folder/model.gguf", "There is no model"),
     ],
@@ -99,32 +99,32 @@ def package(tmp_path, monkeypatch):
     for i, part in enumerate(parts):
         part.write_bytes(bytes([i]) * 1_500_000)
     digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
-    module = types.SimpleNamespace(chunk_paths=lambda: parts, EXPECTED_SHA256=digest, MODEL_NAME="tiny.gguf")
-    monkeypatch.setitem(sys.modules, "tiny_model", module)
-    monkeypatch.setitem(packaged.PACKAGES, "tiny", packaged.Package("tiny_model", "tiny"))
+    module = types.SimpleNamespace(chunk_paths=lambda: parts, EXPECTED_SHA256=digest, MODEL_NAME="small.gguf")
+    monkeypatch.setitem(sys.modules, "small_model", module)
+    monkeypatch.setitem(packaged.PACKAGES, "small", packaged.Package("small_model", "small"))
     monkeypatch.setenv("KVJAX_CACHE", str(tmp_path / "cache"))
     return parts
 
 
 def test_parts_are_joined_once(package, tmp_path):
-    path = packaged.packaged_gguf("tiny")
-    assert path == tmp_path / "cache" / "tiny.gguf"
+    path = packaged.packaged_gguf("small")
+    assert path == tmp_path / "cache" / "small.gguf"
     assert path.read_bytes() == b"".join(part.read_bytes() for part in package)
     modified = path.stat().st_mtime_ns
-    assert packaged.packaged_gguf("tiny").stat().st_mtime_ns == modified
+    assert packaged.packaged_gguf("small").stat().st_mtime_ns == modified
     path.write_bytes(b"half")
-    assert packaged.packaged_gguf("tiny").stat().st_size == 3_000_000
-    assert [file.name for file in path.parent.iterdir()] == ["tiny.gguf"]  # Nothing temporary is left.
+    assert packaged.packaged_gguf("small").stat().st_size == 3_000_000
+    assert [file.name for file in path.parent.iterdir()] == ["small.gguf"]  # Nothing temporary is left.
 
 
 def test_corrupt_part(package, tmp_path):
     package[1].write_bytes(b"x" * 1_500_000)
-    with pytest.raises(CheckpointError, match="tiny_model have sha256 .*, expected .*reinstall"):
-        packaged.packaged_gguf("tiny")
+    with pytest.raises(CheckpointError, match="small_model have sha256 .*, expected .*reinstall"):
+        packaged.packaged_gguf("small")
     assert not list((tmp_path / "cache").iterdir())
     package[1].unlink()
     with pytest.raises(CheckpointError, match="part1 is missing; reinstall"):
-        packaged.packaged_gguf("tiny")
+        packaged.packaged_gguf("small")
 
 
 def test_package_that_is_not_installed(monkeypatch):

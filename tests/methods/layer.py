@@ -13,7 +13,7 @@ from kvjax.models.config import Rope
 from kvjax.models.transformer import rotate
 from kvjax.policies import attend_with
 from kvjax.policies.observe import observe
-from kvjax.policies.policy import make_layer
+from kvjax.policies.policy import Place, make_layer
 
 HEADS, KV_HEADS = 4, 2
 
@@ -44,10 +44,10 @@ def tokens(rows, start: int, stop, *, width: int | None = None, q_raw=None, k_ra
     return Tokens(q=q, k=k, v=v, q_raw=q_raw, k_raw=k_raw, pos=jnp.asarray(pos, jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "spec", "capacities"))
-def _compress(policy, spec, new, layer, slots, capacities):
+@functools.partial(jax.jit, static_argnames=("policy", "spec", "place"))
+def _compress(policy, spec, new, layer, slots, place):
     _, prompt, obs = observe(spec, new, policy.needs, layer)
-    return make_layer(policy, spec, prompt, obs, slots, capacities)
+    return make_layer(policy, spec, prompt, obs, slots, place)
 
 
 def compress(policy: kvjax.Policy, spec: LayerSpec, new: Tokens, *, layer: int = 0, layers: int = 1) -> Any:
@@ -55,13 +55,14 @@ def compress(policy: kvjax.Policy, spec: LayerSpec, new: Tokens, *, layer: int =
     lengths = np.asarray((new.pos != EMPTY).sum(-1))
     slots = np.stack([np.asarray(stage.slots(lengths, layers))[layer] for stage in policy.stages] or [lengths])
     capacities = tuple(int(row.max()) for row in slots) if policy.stages else ()
-    return _compress(policy, spec, new, jnp.int32(layer), jnp.asarray(slots, jnp.int32), capacities)
+    place = Place(capacities, policy.role(layer, layers))
+    return _compress(policy, spec, new, jnp.int32(layer), jnp.asarray(slots, jnp.int32), place)
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "spec"))
 def step(policy: kvjax.Policy, spec: LayerSpec, cache: Any, new: Tokens):
     """Attention output [B, H, T, D] of new tokens, and the cache after them."""
-    return attend_with(policy)(spec, cache, new)
+    return attend_with(policy)(spec, cache, new, None)[:2]
 
 
 def kept(cache: Any, row: int, heads: int = KV_HEADS) -> np.ndarray:

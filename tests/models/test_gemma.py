@@ -31,11 +31,11 @@ def recorded() -> dict[str, np.ndarray]:
 def one_layer(weights, config, spec, x, pos):
     """A layer's output, keys and values."""
 
-    def attend(spec, state, new):
+    def attend(spec, state, new, shared):
         out, _ = causal_attention(new.q, new.k, new.v, new.pos, scale=spec.scale, window=spec.window)
         return out, (new.k, new.v)
 
-    return run_layer(weights, config, spec, x, pos, None, attend)
+    return run_layer(weights, config, spec, x, pos, None, None, attend)
 
 
 def run(model, tokens, lengths):

@@ -3,8 +3,15 @@
 Products accumulate in float32 and the softmax is float32 whatever the storage. Query heads of one KV head are folded
 into the row axis ([B, H, G * T, D]): one matrix product per KV head, which on CPUs is five times faster than a
 broadcast one.
+
+Attention over a cache comes in parts: each store attends to what it holds and says with which total weight
+(`Part.lse`), and `merge` joins the parts. So tiers, pages, prefixes and shards are all read the same way.
 """
 
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -58,13 +65,74 @@ def masked_softmax(logits: Array, mask: Array, softcap: float = 0.0) -> Array:
     return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """Attention of N = G * T query rows over some of the keys.
+
+    Attributes:
+      out: Their softmax-weighted values [B, H, N, D] float32; zero where no key is visible.
+      lse: Log of the sum of exponentiated logits [B, H, N] float32; `NEG` where no key is visible.
+      logits: What the softmax was taken of [B, H, N, S] float32, `NEG` where masked; None where nobody can ask for
+        single weights. Costs nothing under `jit` unless it is used.
+    """
+
+    out: Array
+    lse: Array
+    logits: Array | None = None
+
+
+def attend_part(logits: Array, mask: Array, mix: Callable[[Array], Array], softcap: float = 0.0) -> Part:
+    """Attention over one store.
+
+    Args:
+      logits: [B, H, G * T, S] float32, scaled.
+      mask: Which slots a query sees [B, 1 or H, T, S] bool; alike for the G query heads of a group.
+      mix: Values weighted by p [B, H, G * T, S] float32, which is zero where masked: -> [B, H, G * T, D] float32.
+      softcap: `cap * tanh(logits / cap)` before the mask; 0 for none.
+    """
+    batch, heads, rows, slots = logits.shape
+    length = mask.shape[2]
+    if softcap:
+        logits = softcap * jnp.tanh(logits / softcap)
+    grouped = logits.reshape(batch, heads, rows // length, length, slots)
+    logits = jnp.where(mask[:, :, None], grouped, NEG).reshape(logits.shape)
+    top = logits.max(-1, keepdims=True, initial=NEG)
+    weights = jnp.where(logits > NEG, jnp.exp(logits - top), 0.0)
+    total = weights.sum(-1, keepdims=True)
+    out = mix(weights) / jnp.maximum(total, 1e-30)
+    lse = jnp.where(total > 0, top + jnp.log(jnp.maximum(total, 1e-30)), NEG)
+    return Part(out=out, lse=lse[..., 0], logits=logits)
+
+
+def merge(parts: Sequence[Part]) -> Part:
+    """Attention over all keys of the parts together, which share none. Logits follow one another, if all have them."""
+    if len(parts) == 1:
+        return parts[0]
+    lses = jnp.stack([part.lse for part in parts])
+    top = lses.max(0)
+    shares = jnp.where(lses > NEG, jnp.exp(lses - top), 0.0)
+    total = shares.sum(0)
+    shares = shares / jnp.maximum(total, 1e-30)
+    out = jnp.stack([part.out * share[..., None] for part, share in zip(parts, shares, strict=True)]).sum(0)
+    lse = jnp.where(total > 0, top + jnp.log(jnp.maximum(total, 1e-30)), NEG)
+    logits = [part.logits for part in parts if part.logits is not None]
+    return Part(out=out, lse=lse, logits=jnp.concatenate(logits, -1) if len(logits) == len(parts) else None)
+
+
+def part_weights(part: Part) -> Array:
+    """Softmax weights [B, H, N, S] of a part that knows its logits; rows that see nothing are zero."""
+    assert part.logits is not None
+    return jnp.where(part.logits > NEG, jnp.exp(part.logits - part.lse[..., None]), 0.0)
+
+
 def _attend(q, k, v, q_pos, k_pos, window, softcap):
     """One block: q [B, H, G, T, D] scaled, k, v [B, H, S, D] -> output [B, H, G, T, D], weights [B, H, G, T, S]."""
     b, h, g, t, d = q.shape
     logits = dot_keys(q.reshape(b, h, g * t, d), k).reshape(b, h, g, t, -1)
     weights = masked_softmax(logits, visible(q_pos, k_pos, window)[:, None, None], softcap)
     out = dot_values(weights.reshape(b, h, g * t, -1), v)
-    return out.reshape(b, h, g, t, d), weights
+    return out.reshape(b, h, g, t, -1), weights
 
 
 def causal_attention(
@@ -82,7 +150,7 @@ def causal_attention(
     """Causal self-attention of a prompt in blocks of queries, so that no [T, T] matrix is ever whole.
 
     Args:
-      q: [B, H * G, T, D], rotated. k, v: [B, H, T, D].
+      q: [B, H * G, T, D], rotated. k, v: [B, H, T, D]; values may have another number of channels than keys.
       pos: [B, T] int32, increasing where present, `EMPTY` for padding; a padding query returns zeros.
       column_sums: Also return the attention that each key receives, summed over all queries (H2O's statistic).
       block: Queries per block.
@@ -137,5 +205,5 @@ def causal_attention(
             sums, out = lax.scan(prefix, sums, (q[first:last], q_pos[first:last]))
             outs.append(out)
         out = jnp.concatenate(outs) if len(outs) > 1 else outs[0]
-    out = jnp.moveaxis(out, 0, 3).reshape(b, heads, total, d)[:, :, :length]
+    out = jnp.moveaxis(out, 0, 3).reshape(b, heads, total, -1)[:, :, :length]
     return out, sums.reshape(b, heads, total)[..., :length] if column_sums else None

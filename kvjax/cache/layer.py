@@ -1,0 +1,115 @@
+"""What one layer stores, and the one function between a model and its cache: `Layer.attend`."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+from jax import Array
+
+from kvjax.cache.types import LayerSpec, Tokens
+from kvjax.kernels.attention import (
+    Part,
+    attend_part,
+    dot_keys,
+    dot_values,
+    fold,
+    merge,
+    part_weights,
+    unfold,
+    visible,
+)
+
+# (marks of the slots [B, 1 or H, S], attention weights [B, H, G, T, S + T], new tokens, positions of the slots
+# [B, 1 or H, S]) -> marks [B, 1 or H, S + T].
+Mark = Callable[[Array, Array, Tokens, Array], Array]
+
+
+class Layer:
+    """Base of every layout: a frozen pytree dataclass, every leaf with the batch on its first axis.
+
+    A layout says how it is read (`read`, or `logits` and `mix` from which it follows), how a token is added
+    (`append`), how it grows (`reserve`, `room`) and what it holds (`pos`, `held`). The rest has a default.
+
+    Attributes:
+      pos: Positions [B, 1 or H, S] int32 of what is held, `EMPTY` where there is nothing.
+      marks: What a policy that evicts while decoding remembers of each slot [B, 1 or H, S] float32; None if nothing.
+    """
+
+    pos: Any
+    marks: Any = None
+
+    @property
+    def room(self) -> Array | None:
+        """How many more tokens fit, [B] int32; None where old tokens make way by themselves."""
+        raise NotImplementedError
+
+    def held(self, spec: LayerSpec) -> tuple[Array, Array, Array]:
+        """What attention finds when it looks at everything, slot by slot as in `pos`; for inspection and tests.
+
+        Returns:
+          Positions [B, H, S] int32, keys and values [B, H, S, D] float32 (of empty slots anything).
+        """
+        raise NotImplementedError
+
+    def logits(self, new: Tokens, spec: LayerSpec) -> Array:
+        """Products `scale * q . k` of the queries with every stored key: [B, H, G * T, S] float32."""
+        raise NotImplementedError
+
+    def mix(self, p: Array) -> Array:
+        """Values weighted by p [B, H, G * T, S] float32, which is zero on empty slots: [B, H, G * T, D] float32."""
+        raise NotImplementedError
+
+    def append(self, new: Tokens, marks: Array | None = None) -> Self:
+        """Stores new tokens; `marks` [B, 1 or H, T] float32 goes with them where the layer keeps marks."""
+        raise NotImplementedError
+
+    def reserve(self, slots: int) -> Self:
+        """Room for at least `slots` more tokens."""
+        raise NotImplementedError
+
+    def sees(self, q_pos: Array, k_pos: Array, mask: Array) -> Array:
+        """Narrows a causal mask [B, 1 or H, T, S] where the layer forgets tokens by itself (rings)."""
+        del q_pos, k_pos
+        return mask
+
+    def read(self, new: Tokens, spec: LayerSpec, shared: Any = None) -> Part:
+        """Attention of T new tokens over what is stored. A chunk of T tokens sees what T single steps would."""
+        del shared
+        q_pos, k_pos = new.pos[:, None], self.pos
+        mask = self.sees(q_pos, k_pos, visible(q_pos, k_pos, spec.window))
+        return attend_part(self.logits(new, spec), mask, self.mix, spec.softcap)
+
+    def read_new(self, new: Tokens, spec: LayerSpec) -> Part:
+        """Causal attention of the new tokens over themselves."""
+        pos = new.pos[:, None]
+        mask = self.sees(pos, pos, visible(pos, pos, spec.window))
+        logits = dot_keys(fold(new.q * spec.scale, new.k.shape[1]), new.k)
+        return attend_part(logits, mask, lambda p: dot_values(p, new.v), spec.softcap)
+
+    def attend(
+        self, new: Tokens, spec: LayerSpec, shared: Any = None, mark: Mark | None = None
+    ) -> tuple[Array, Self, Any]:
+        """Exact attention of T new tokens over the cache and, causally, over themselves; then they are appended.
+
+        Args:
+          new: The tokens. Rows of padding (`EMPTY` positions) attend to nothing and are not stored.
+          spec: The layer's attention.
+          shared: What layers use together; handed on.
+          mark: What to remember of every token for later evictions; only called if the layer keeps marks.
+
+        Returns:
+          Output [B, H * G, T, D] float32, the layer with the new tokens, and `shared`.
+        """
+        old, own = self.read(new, spec, shared), self.read_new(new, spec)
+        part, length = merge((old, own)), new.pos.shape[1]
+        out = unfold(part.out, length)
+        if self.marks is None or mark is None:
+            return out, self.append(new), shared
+        weights = part_weights(part)
+        weights = weights.reshape(*weights.shape[:2], -1, length, weights.shape[-1])
+        marks, slots = mark(self.marks, weights, new, self.pos), self.pos.shape[-1]
+        layer = self.remember(marks[..., :slots]).append(new, marks[..., slots:])
+        return out, layer, shared
+
+    def remember(self, marks: Array) -> Self:
+        """The same layer with other marks."""
+        raise TypeError(f"{type(self).__name__} keeps no marks: {marks.shape} given.")

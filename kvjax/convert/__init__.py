@@ -1,0 +1,3 @@
+"""Models into models: functions from parameters and a config to others, whose cache is smaller by construction."""
+
+from kvjax.convert.transmla import transmla as transmla

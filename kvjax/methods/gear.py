@@ -1,0 +1,98 @@
+"""GEAR: quantize, then repair what that broke. Kang et al., 2024, https://arxiv.org/abs/2403.05527
+
+Three parts that each mend another error (section 3): a backbone in few bits (KIVI's groups, keys per channel, values
+per token); the largest and smallest entries of every channel or token, kept as they are; and a low-rank matrix of the
+error that is left, which tokens share, by power iteration per head. What is decoded waits in a buffer in full precision
+and is compressed block by block, each with factors of its own (algorithm 1).
+
+As in the authors' CUDA model, the prompt's block is cut to a multiple of the buffer and the rest stays in full
+precision. Differs from the authors' code: the outliers of a key channel are a share of its tokens, as in the paper (the
+code takes as many as for a value, however many tokens there are), so blocks shorter than 2 / sparsity tokens have none;
+codes use all 2^bits levels; the power iteration starts from the same numbers for every row and block; groups of values
+end with the head. D + S is not rounded to float16 before its error is taken, but scales, zeros, outliers and factors
+are stored in it, and codes are found for the scale as it is stored. A number just between two codes may go either way:
+on the recorded inputs one code in a thousand.
+"""
+
+import dataclasses
+from typing import Any
+
+from kvjax.cache import GearSlots, Recipe, make_gear
+from kvjax.cache.packing import codes_per_word
+from kvjax.policies import Built, Policy, Prompt, Store, register
+
+
+@dataclasses.dataclass(frozen=True)
+class Gear(Store):
+    """Blocks of backbone, outliers and low-rank error. See `cache.gear.Recipe`."""
+
+    recipe: Recipe = Recipe()
+
+    def build(self, prompt: Prompt, about: Built) -> GearSlots:
+        del about
+        return make_gear(prompt.k, prompt.v, prompt.pos, self.recipe)
+
+    def check(self, config: Any) -> None:
+        recipe, dim = self.recipe, config.head_dim
+        if dim % codes_per_word(recipe.bits) or (recipe.group and dim % min(recipe.group, dim)):
+            raise ValueError(
+                f"Values are packed in groups of {recipe.group} channels, {codes_per_word(recipe.bits)} codes a word; "
+                f"this model's head_dim is {dim}. Choose a group that divides it."
+            )
+        if max(recipe.ranks) > dim:
+            raise ValueError(f"A rank of {max(recipe.ranks)} is more than this model's head_dim of {dim}.")
+
+
+@register(
+    "GEAR: An Efficient KV Cache Compression Recipe for Near-Lossless Generative Inference",
+    "https://arxiv.org/abs/2403.05527",
+    bits=2,
+)
+def gear(
+    bits: int = 2,
+    *,
+    group: int = 64,
+    sparsity: float = 0.02,
+    rank: int = 4,
+    later_rank: int = 2,
+    loops: int = 3,
+    residual: int = 64,
+    scale_dtype: str = "float16",
+    seed: int = 0,
+) -> Policy:
+    """Packs blocks of tokens to 2, 4 or 8 bits and adds a low-rank matrix and outliers that repair the error.
+
+    Args:
+      bits: Width of a code.
+      group: Tokens (keys) or channels (values) that share a scale and a zero; 0 for whole channels and tokens (KCVT).
+      sparsity: Share of entries kept as they are, half of them large, half small (paper: 0.02); 0 for GEAR-L.
+      rank: Of the error of the prompt's block (paper: 4); 0 leaves it out (with `later_rank=0`: GEAR-S).
+      later_rank: Of blocks compressed while decoding (paper: 2).
+      loops: Of the power iteration.
+      residual: Tokens in the buffer, and of each block that it becomes (authors' example: 64).
+      scale_dtype: Of scales, zeros, outliers and factors.
+      seed: Of the numbers that the power iteration starts from.
+    """
+    per = codes_per_word(bits)
+    if residual < 1 or residual % per or (group and residual % group):
+        raise ValueError(
+            f"residual={residual} must be a multiple of group={group} and of the {per} codes in a word: it becomes a "
+            "block at once."
+        )
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity is a share of entries, at least 0 and below 1, got {sparsity}.")
+    if min(rank, later_rank) < 0 or max(rank, later_rank) > residual:
+        raise ValueError(f"Ranks are from 0 to the {residual} tokens of a block, got {rank} and {later_rank}.")
+    if loops < 1:
+        raise ValueError(f"The power iteration needs at least one loop, got {loops}.")
+    recipe = Recipe(
+        bits=bits,
+        group=group,
+        sparsity=sparsity,
+        ranks=(rank, later_rank),
+        loops=loops,
+        buffer=residual,
+        dtype=scale_dtype,
+        seed=seed,
+    )
+    return Policy(store=Gear(recipe))
