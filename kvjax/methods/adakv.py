@@ -8,8 +8,10 @@ the longest.
 Differs from the authors' code: a layer spends exactly its budget, since what their rounding of each head loses or adds
 (253 slots for 256) goes by largest remainder, a slot a head at most; the score is that of KV heads (their option
 `gqa_support`), query heads joined by their mean (they also offer the maximum); Ada-Pyramid, `score="pyramidkv(...)"`,
-follows kvpress' pyramid, whose budgets count the window, instead of their integer steps without it. Every row of a batch
-has budgets of its own. `safeguard="reserve"` keeps the tokens of kvpress' AdaKVPress, which masks the others.
+follows kvpress' pyramid, whose budgets count the window, instead of their integer steps without it. Every row of a
+batch has budgets of its own. `safeguard="reserve"` keeps the tokens of kvpress' AdaKVPress, which masks the others.
+With `| kivi`, keys and values of a page are packed at once: a head keeps up to a page in full precision, not its newest
+`residual` tokens.
 """
 
 import dataclasses

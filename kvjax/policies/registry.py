@@ -40,7 +40,7 @@ class Method:
     url: str
     summary: str
     example: Mapping[str, Any]
-    small: Mapping[str, Any] = MappingProxyType({})
+    small: Mapping[str, Any]
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -57,7 +57,7 @@ class Method:
 
 
 def register(
-    paper: str, url: str, *, small: Mapping[str, Any] = MappingProxyType({}), **example: Any
+    paper: str, url: str, *, small: Mapping[str, Any] | None = None, **example: Any
 ) -> Callable[[Callable[..., Policy]], Callable[..., Policy]]:
     """Decorator of a method's builder; the function's name is the method's. A later one of the same name replaces it.
 
@@ -70,7 +70,7 @@ def register(
 
     def add(build: Callable[..., Policy]) -> Callable[..., Policy]:
         summary = (inspect.getdoc(build) or "").split("\n\n")[0].replace("\n", " ")
-        typical, fit = MappingProxyType(dict(example)), MappingProxyType(dict(small))
+        typical, fit = MappingProxyType(dict(example)), MappingProxyType(dict(small or {}))
         _METHODS[build.__name__] = Method(build.__name__, build, paper, url, summary, typical, fit)
         return build
 
