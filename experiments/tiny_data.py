@@ -2,7 +2,8 @@
 
 A sample is a row of ids with a weight for each: above 0 for the tokens of an answer (1 / sqrt(tokens of the row's
 answers), so that rows with many answers do not drown those with one), 0 for text, `IGNORED` for what nobody can
-predict, such as a random number when it is told. All text is tokenized once; samples are put together from pieces.
+predict, such as a random number when it is told, and for the text in which it is hidden: there is so little text that
+it would be learned by heart. All text is tokenized once; samples are put together from pieces.
 Everything is drawn from a `numpy.random.Generator`; nothing is downloaded.
 """
 
@@ -13,6 +14,7 @@ import math
 import pathlib
 import re
 import sysconfig
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -32,33 +34,33 @@ NEEDLES = (
     (
         "\nOne of the special magic numbers for {key} is: {value}.\n",
         "\nWhat is the special magic number for {key} mentioned in the provided text?\n"
-        "The special magic number for {key} mentioned in the provided text is: {value}",
+        "The special magic number for {key} mentioned in the provided text is: {value}\n",
     ),
     (
         "\nOne of the special magic words for {key} is: {value}.\n",
         "\nWhat is the special magic word for {key} mentioned in the provided text? "
-        "The special magic word for {key} mentioned in the provided text is: {value}",
+        "The special magic word for {key} mentioned in the provided text is: {value}\n",
     ),
     (
         "\nThe secret code of {key} is {value}.\n",
-        "\nQuestion: What is the secret code of {key}?\nAnswer: {value}",
+        "\nQuestion: What is the secret code of {key}?\nAnswer: {value}\n",
     ),
     (
         "\nRemember that the number of {key} is {value}.\n",
-        "\nWhat is the number of {key}? The number of {key} is {value}",
+        "\nWhat is the number of {key}? The number of {key} is {value}\n",
     ),
     (
         "\n{key} lives in house {value}.\n",
-        "\nIn which house does {key} live?\n{key} lives in house {value}",
+        "\nIn which house does {key} live?\n{key} lives in house {value}\n",
     ),
     (
         "\nNote: {key} costs {value} today.\n",
-        "\nHow much does {key} cost? It costs {value}",
+        "\nHow much does {key} cost? It costs {value}\n",
     ),
 )
 PASSKEY = (
     "\nThe pass key is {value}. Remember it. {value} is the pass key.\n",
-    "\nWhat is the pass key? The pass key is {value}",
+    "\nWhat is the pass key? The pass key is {value}\n",
 )
 # A pair as it is listed, and as it is asked for.
 PAIRS = (
@@ -79,17 +81,18 @@ def library(root: str | None = None) -> tuple[list[tuple[str, str]], list[tuple[
     from pydoc_data.topics import topics
 
     base = pathlib.Path(root or sysconfig.get_paths()["stdlib"])
-    skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
+    skip = {"site-packages", "dist-packages", "encodings", "pydoc_data"}  # The last two are tables, and the topics.
     prose = [(f"topics/{name}", text) for name, text in sorted(topics.items())]
     prose += [("LICENSE", path.read_text()) for path in [base / "LICENSE.txt"] if path.is_file()]
     code, seen = [], set()
     for path in sorted(base.rglob("*.py")):
         relative = path.relative_to(base)
-        if skip & set(relative.parts[:-1]):
+        if skip & set(relative.parts[:-1]) or relative.name.startswith("_sysconfigdata"):  # Of one machine only.
             continue
         try:
             source = path.read_text(encoding="utf-8")
-            tree = ast.parse(source)
+            with warnings.catch_warnings(action="ignore"):
+                tree = ast.parse(source)
         except (SyntaxError, ValueError, OSError):
             continue
         strings, lines = [], source.splitlines(keepends=True)
@@ -166,6 +169,7 @@ class Corpus:
       needles, passkey, pairs: As above, tokenized: (statement, question).
       variable: Statement of a value, of another name, and question.
       digits: The ten digits. space: " ". newline: "\\n".
+      haystack: Weight of text in which something is hidden.
     """
 
     prose: np.ndarray
@@ -181,6 +185,7 @@ class Corpus:
     digits: np.ndarray
     space: np.ndarray
     newline: np.ndarray
+    haystack: float = IGNORED
 
 
 def encode(backend: tokenizers.Tokenizer, text: str) -> np.ndarray:
@@ -229,7 +234,7 @@ def make_corpus(backend: tokenizers.Tokenizer, prose: np.ndarray, code: np.ndarr
         variable=(
             template(backend, "\nVAR {key} = {value}\n"),
             template(backend, "\nVAR {key} = VAR {value}\n"),
-            template(backend, "\nWhat is the value of VAR {key}? VAR {key} ={value}"),
+            template(backend, "\nWhat is the value of VAR {key}? VAR {key} = {value}\n"),
         ),
         digits=np.asarray([encode(backend, str(digit))[0] for digit in range(10)], np.int16),
         space=encode(backend, " "),
@@ -295,13 +300,13 @@ def fill(this: Template, key: Key | None, value: Value, weight: float) -> tuple[
 
     for part in this.parts:
         if not isinstance(part, str):
-            add(part, 0.0)
+            add(part, IGNORED)
         elif part.strip() == "key":
             assert key is not None
             add(key[int(part[0] == " ")], IGNORED)
         else:
             if part[0] == " ":
-                add(value.lead, 0.0)
+                add(value.lead, IGNORED)
             add(value.ids, weight)
     return ids, weights
 
@@ -312,27 +317,35 @@ def told(this: Template, key: Key | None, value: Value) -> Row:
 
 
 def asked(this: Template, key: Key | None, value: Value) -> Row:
-    """Only the last value of a question is its answer."""
+    """The value is the answer, and with it the token that ends it: a line break, or a quotation mark."""
     ids, weights = fill(this, key, value, 1.0)
-    return np.concatenate(ids), np.concatenate(weights)
+    row, weight = np.concatenate(ids), np.concatenate(weights)
+    weight[int(np.flatnonzero(weight > 0)[-1]) + 1] = 1.0
+    return row, weight
 
 
 def join(rows: Sequence[Row]) -> Row:
     return np.concatenate([ids for ids, _ in rows]), np.concatenate([weights for _, weights in rows])
 
 
-def text(corpus: Corpus, rng: Generator, length: int) -> Row:
-    source = corpus.prose if rng.random() < 0.6 else corpus.code
+def text(corpus: Corpus, rng: Generator, length: int, prose: float = 0.25, weight: float = 0.0) -> Row:
+    """A stretch of prose (so often) or code. There is much less prose."""
+    source = corpus.prose if rng.random() < prose else corpus.code
     start = rng.integers(max(1, len(source) - length))
     ids = np.resize(source[start : start + length], length)
-    return ids, np.zeros(length, np.float32)
+    return ids, np.full(length, weight, np.float32)
+
+
+def filler(corpus: Corpus, rng: Generator, length: int) -> Row:
+    """Text in which something is hidden."""
+    return text(corpus, rng, length, prose=0.6, weight=corpus.haystack)
 
 
 def scattered(corpus: Corpus, rng: Generator, length: int, told: Sequence[Row], asked: Sequence[Row]) -> Row:
     """Statements at random places of a text, questions at its end or (one time in four) within it."""
     last = join(asked)
-    room = length - sum(len(ids) for ids, _ in told) - len(last[0]) - 1
-    ids, weights = text(corpus, rng, max(room, 0))
+    room = length - sum(len(ids) for ids, _ in told) - len(last[0])
+    ids, weights = filler(corpus, rng, max(room, 0))
     after = int(rng.integers(room // 3 + 1)) if room > 0 and rng.random() < 0.25 else 0
     cuts = np.sort(rng.integers(max(room, 0) - after + 1, size=len(told)))
     rows, start = [], 0
@@ -340,8 +353,7 @@ def scattered(corpus: Corpus, rng: Generator, length: int, told: Sequence[Row], 
         rows += [(ids[start:cut], weights[start:cut]), row]
         start = cut
     end = len(ids) - after
-    line = (corpus.newline, np.full(1, IGNORED, np.float32))
-    return join([*rows, (ids[start:end], weights[start:end]), last, line, (ids[end:], weights[end:])])
+    return join([*rows, (ids[start:end], weights[start:end]), last, (ids[end:], weights[end:])])
 
 
 # Tasks: (corpus, rng, length) -> ids and weights of about `length`; what is too long is cut, too short filled with text
@@ -370,7 +382,7 @@ def pairs(corpus: Corpus, rng: Generator, length: int) -> Row:
     """A list of keys and values; then, or in between, keys that were listed are asked for."""
     statement, question = corpus.pairs[rng.integers(len(corpus.pairs))]
     words, digits = rng.random() < 1 / 6, int(rng.integers(2, 8))
-    size = len(told(statement, corpus.keys[0], number(corpus, rng, 1 if words else digits))[0]) + 1
+    size = len(told(statement, corpus.keys[0], number(corpus, rng, 1 if words else digits))[0]) + 2
     share = rng.uniform(0.3, 0.95)
     count = max(2, int(share * length / size))
     keys = choose(rng, corpus.keys, count)
@@ -384,7 +396,7 @@ def pairs(corpus: Corpus, rng: Generator, length: int) -> Row:
         rows = [told(statement, key, value) for key, value in zip(keys, told_values, strict=True)]
         total = sum(len(ids) for ids, _ in rows)
         if rng.random() < 0.3:  # The list lies within a text.
-            extra = text(corpus, rng, max(0, int((length - total) * rng.uniform(0.2, 0.8))))
+            extra = filler(corpus, rng, max(0, int((length - total) * rng.uniform(0.2, 0.8))))
             rows = [extra, *rows] if rng.random() < 0.5 else [*rows, extra]
             total += len(extra[0])
         while total < length:
@@ -408,7 +420,7 @@ def repeat(corpus: Corpus, rng: Generator, length: int) -> Row:
     """A stretch of random tokens, or of text, again and again."""
     period = int(rng.integers(8, max(9, length // 2)))
     if rng.random() < 0.3:
-        ids, weights = text(corpus, rng, period)
+        ids, weights = filler(corpus, rng, period)
     else:
         some = rng.integers(2, corpus.vocab, size=int(rng.choice([32, 256, 2048])))
         ids, weights = some[rng.integers(len(some), size=period)].astype(np.int16), np.full(period, IGNORED, np.float32)
@@ -441,8 +453,7 @@ def variables(corpus: Corpus, rng: Generator, length: int) -> Row:
     tell += [told(alias, names[count + i], Value(names[i][1], NOTHING)) for i in range(count)]
     ask = []
     for i in rng.permutation(2 * count)[: max(1, length // 100)]:
-        value = given[i % count]
-        ask.append(asked(question, names[i], Value(value.ids, NOTHING)))
+        ask.append(asked(question, names[i], given[i % count]))
     return scattered(corpus, rng, length, tell, ask)
 
 
@@ -463,7 +474,7 @@ def finish(corpus: Corpus, rng: Generator, row: Row, length: int) -> Row:
     ids, weights = row
     missing = length - 1 - len(ids)
     if missing > 0:
-        more = text(corpus, rng, missing)
+        more = filler(corpus, rng, missing)
         ids, weights = np.concatenate([ids, more[0]]), np.concatenate([weights, more[1]])
     ids = np.concatenate([[BOS_ID], ids[: length - 1]])
     weights = np.concatenate([[IGNORED], weights[: length - 1]])

@@ -33,12 +33,15 @@ import tiny_data as data
 import tokenizers
 from jax import Array
 
+from kvjax.checkpoints import huggingface
 from kvjax.models.config import Config, Rope
 from kvjax.models.families import weight_table
 from kvjax.models.params import init_params
 from kvjax.models.transformer import embed, layer_spec, run_layer, unembed
 
 TEXT_LOSS = 0.5  # Weight of the mean loss of text next to the mean loss of answers.
+# Against learning the little text by heart, on rows of text only: channels that are dropped, tokens that are replaced.
+DROPPED, REPLACED = 0.1, 0.08
 TEMPLATES = [text.format(key=city, value="12345") for pair in data.NEEDLES for text in pair for city in data.CITIES]
 
 
@@ -51,23 +54,39 @@ class Stage:
       lengths: Length of rows in tokens, and how often it is drawn.
       tokens: Of a step.
       mixture: Tasks, and how often they are drawn.
+      disturbed: Whether rows of text lose tokens and channels, see `disturbances`.
+      haystacks: Whether text in which something is hidden is learned as well.
     """
 
     until: float
     lengths: tuple[tuple[int, float], ...]
     tokens: int
     mixture: dict[str, float]
+    disturbed: bool = True
+    haystacks: bool = False
 
 
 DENSE = {"text": 0.15, "recall": 0.3, "repeat": 0.15, "pairs": 0.25, "needle": 0.15}
-FULL = {"text": 0.25, "recall": 0.07, "repeat": 0.08, "pairs": 0.25, "needle": 0.25, "passkey": 0.04, "variables": 0.06}
+FULL = {"text": 0.06, "recall": 0.1, "repeat": 0.1, "pairs": 0.32, "needle": 0.28, "passkey": 0.04, "variables": 0.1}
 STAGES = (
-    Stage(until=0.2, lengths=((256, 1.0),), tokens=1 << 16, mixture=DENSE),
+    Stage(until=0.3, lengths=((256, 1.0),), tokens=1 << 16, mixture=DENSE),
     Stage(until=0.4, lengths=((256, 0.25), (640, 0.75)), tokens=1 << 16, mixture=FULL),
-    Stage(until=0.7, lengths=((256, 0.1), (1152, 0.9)), tokens=1 << 17, mixture=FULL),
+    Stage(until=0.6, lengths=((256, 0.1), (1152, 0.9)), tokens=1 << 17, mixture=FULL),
     Stage(until=1.0, lengths=((256, 0.05), (1152, 0.6), (2304, 0.35)), tokens=1 << 17, mixture=FULL),
 )
-ENOUGH = 0.8  # Share of rows whose answers are all right that ends a stage early.
+# A short second part, from an export: undisturbed text. After the first, a model predicts text only where it sees
+# replaced tokens, which tell the rows that count from haystacks, which do not.
+TUNING = (
+    Stage(
+        until=1.0,
+        lengths=((256, 0.75), (1152, 0.25)),
+        tokens=1 << 10,
+        mixture={"text": 0.6, "needle": 0.18, "pairs": 0.14, "passkey": 0.03, "recall": 0.03, "variables": 0.02},
+        disturbed=False,
+        haystacks=True,
+    ),
+)
+ENOUGH = 0.85  # Share of rows (needles, pairs) whose answers are all right that ends a stage early.
 
 
 def shapes(stage: Stage) -> list[tuple[int, int]]:
@@ -133,28 +152,59 @@ def working_attention() -> str | None:
         return None
 
 
-def logits_of(params: Any, config: Config, tokens: Array, attend: Any, dtype: Any) -> Array:
-    """Logits [B, T, vocab] float32 of ids [B, T]."""
+def logits_of(params: Any, config: Config, tokens: Array, attend: Any, dtype: Any, drop: Any = None) -> Array:
+    """Logits [B, T, vocab] float32 of ids [B, T]. `drop(i, old, new)` comes after the embedding and every layer."""
+    drop = drop or (lambda i, old, new: new)
     # Looked up in float32: the gradient of a lookup adds up thousands of rows, too many for bfloat16.
     x = embed(params, config, tokens).astype(dtype)
+    x = drop(0, jnp.zeros_like(x), x)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     pos = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     for i, weights in enumerate(params["layers"]):
-        x = run_layer(weights, config, layer_spec(config, i), x, pos, None, None, attend, rows=tokens.size)[0]
+        new = run_layer(weights, config, layer_spec(config, i), x, pos, None, None, attend, rows=tokens.size)[0]
+        x = drop(i + 1, x, new)
     return unembed(params, config, x)
 
 
-def losses(params: Any, config: Config, tokens: Array, weights: Array, kinds: Array, attend: Any, dtype: Any):
+def disturbances(config: Config, tokens: Array, kinds: Array, seed: Array) -> tuple[Array, Any]:
+    """Ids with some replaced, and `drop` for `logits_of`: both only on rows of text. Channels are dropped for a whole
+    row (arXiv 1512.05287)."""
+    key, is_text = jax.random.key(seed), (kinds == data.NAMES.index("text"))[:, None]
+    where, what = jax.random.split(jax.random.fold_in(key, 0))
+    other = jax.random.randint(what, tokens.shape, 2, config.vocab_size)
+    tokens = jnp.where(is_text & jax.random.bernoulli(where, REPLACED, tokens.shape), other, tokens)
+
+    def drop(i: int, old: Array, new: Array) -> Array:
+        keep = jax.random.bernoulli(jax.random.fold_in(key, i + 1), 1 - DROPPED, (new.shape[0], 1, new.shape[2]))
+        changed = old + (new - old) * keep.astype(new.dtype) / (1 - DROPPED)
+        return jnp.where(is_text[:, None], changed, new).astype(new.dtype)
+
+    return tokens, drop
+
+
+def losses(
+    params: Any,
+    config: Config,
+    tokens: Array,
+    weights: Array,
+    kinds: Array,
+    seed: Array | None = None,
+    *,
+    attend: Any,
+    dtype: Any,
+):
     """What is minimized, and what is reported.
 
     Args:
       tokens: Ids [B, T] int16. weights: [B, T], see `tiny_data`. kinds: Task of each row [B].
+      seed: For `disturbances`; None for none.
 
     Returns:
       The loss, and {"text", "answer": mean losses, "right", "rows": [tasks] rows whose answers are all right, and all}.
     """
     tokens, weights = tokens.astype(jnp.int32), weights.astype(jnp.float32)
-    logits = logits_of(params, config, tokens, attend, dtype)
+    seen, drop = (tokens, None) if seed is None else disturbances(config, tokens, kinds, seed)
+    logits = logits_of(params, config, seen, attend, dtype, drop)
     target, weight = jnp.roll(tokens, -1, 1), jnp.roll(weights, -1, 1).at[:, -1].set(data.IGNORED)
     chosen = jnp.take_along_axis(logits, target[..., None], -1)[..., 0]
     loss = jax.nn.logsumexp(logits, -1) - chosen
@@ -181,19 +231,21 @@ def optimizer() -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.scale_by_adam(b1=0.9, b2=0.98, eps=1e-9),
-        optax.add_decayed_weights(0.05, mask=matrices),
+        optax.add_decayed_weights(0.1, mask=matrices),
     )
 
 
-def make_step(config: Config, attend: Any, dtype: Any):
-    """(params, optimizer state, rate, tokens, weights, kinds) -> (params, state, report)."""
+def make_step(config: Config, attend: Any, dtype: Any, disturbed: bool = True):
+    """(params, optimizer state, rate, seed, tokens, weights, kinds) -> (params, state, report)."""
     rule = optimizer()
 
-    def step(params, state, rate, tokens, weights, kinds):
+    def step(params, state, rate, seed, tokens, weights, kinds):
         grad = jax.grad(losses, has_aux=True)
-        grads, report = grad(params, config, tokens, weights, kinds, attend, dtype)
+        grads, report = grad(
+            params, config, tokens, weights, kinds, seed if disturbed else None, attend=attend, dtype=dtype
+        )
         updates, after = rule.update(grads, state, params)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         new = jax.tree.map(lambda p, u: p - rate * u, params, updates), after
         # One bad batch must not end a run that cannot be repeated.
         params, state = jax.tree.map(lambda a, b: jnp.where(jnp.isfinite(norm), a, b), new, (params, state))
@@ -217,13 +269,15 @@ def prepare(folder: pathlib.Path, vocab: int) -> None:
     """Text, tokenizer and token streams, as files that the workers read."""
     prose, code = data.library()
     kept = lambda texts, out: [text for name, text in texts if data.held_out(name) == out]  # noqa: E731
-    # Templates and cities are part of what the tokenizer learns, so that they stay short.
-    backend = data.train_tokenizer([*kept(prose, False) * 2, *kept(code, False), *TEMPLATES * 4], vocab)
+    # Prose counts as much as code, of which there is ten times more. Templates and cities are learned to stay short.
+    backend = data.train_tokenizer([*kept(prose, False) * 8, *kept(code, False), *TEMPLATES * 4], vocab)
     backend.save(str(folder / "tokenizer.json"))
     for name, texts in (("prose", prose), ("code", code)):
         np.save(folder / f"{name}.npy", data.stream(backend, kept(texts, False)))
         np.save(folder / f"{name}_held_out.npy", data.stream(backend, kept(texts, True)))
-    (folder / "held_out.json").write_text(json.dumps([n for n, _ in prose + code if data.held_out(n)]))
+    kept_names = [name for name, _ in prose + code if data.held_out(name)]
+    found = {"python": platform.python_version(), "held_out": kept_names}
+    (folder / "held_out.json").write_text(json.dumps(found))  # Last: with it the folder is complete.
 
 
 def corpus(folder: pathlib.Path, held_out: bool = False) -> data.Corpus:
@@ -237,9 +291,10 @@ def work(folder: str, seed: tuple[int, ...], stages: tuple[Stage, ...], stage: A
     texts, rng = corpus(pathlib.Path(folder)), np.random.default_rng(seed)
     while True:
         now = stages[stage.value]
+        mine = dataclasses.replace(texts, haystack=0.0) if now.haystacks else texts
         chances = np.asarray([chance for _, chance in now.lengths])
         shape = shapes(now)[rng.choice(len(chances), p=chances / chances.sum())]
-        queue.put(data.batch(texts, rng, shape, now.mixture))
+        queue.put(data.batch(mine, rng, shape, now.mixture))
 
 
 def examination(folder: pathlib.Path, rows: int, context: int, length: int) -> dict[str, tuple[np.ndarray, ...]]:
@@ -353,6 +408,8 @@ class Settings:
     out: pathlib.Path
     minutes: float
     checkpoints: pathlib.Path | None
+    text: pathlib.Path | None
+    start: pathlib.Path | None
     seed: int
     rate: float
     workers: int
@@ -364,13 +421,18 @@ def train(settings: Settings) -> None:
     seconds = lambda: time.time() - begun  # noqa: E731
     limit = settings.minutes * 60
     small = settings.small
-    config = tiny_config(layers=2, hidden=64, vocab=1024) if small else tiny_config()
+    config = tiny_config(layers=2, hidden=64, vocab=2048) if small else tiny_config()
     stages = (Stage(until=1.0, lengths=((64, 1.0),), tokens=1 << 12, mixture=DENSE),) if small else STAGES
+    if settings.start:
+        stages = TUNING
     context, exam_length, exam_rows = (192, 256, 16) if small else (1024, 1152, 96)
+    exam_rows = 8 if jax.default_backend() == "cpu" else exam_rows
     settings.out.mkdir(parents=True, exist_ok=True)
-    work_folder = pathlib.Path(tempfile.mkdtemp(prefix="kvjax-tiny-"))
+    work_folder = settings.text or pathlib.Path(tempfile.mkdtemp(prefix="kvjax-tiny-"))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    prepare(work_folder, config.vocab_size)
+    if not (work_folder / "held_out.json").is_file():
+        work_folder.mkdir(parents=True, exist_ok=True)
+        prepare(work_folder, config.vocab_size)
     print(f"{seconds():.0f} s: tokenizer and text are ready", flush=True)
 
     log_path = settings.out / "training_log.jsonl"
@@ -383,6 +445,8 @@ def train(settings: Settings) -> None:
 
     # State, from a checkpoint if there is one.
     params = start_params(config, jax.random.key(settings.seed))
+    if settings.start:
+        params = huggingface.load(settings.start, jnp.float32)[0]
     state, step, stage_index, earlier = optimizer().init(params), 0, 0, 0.0
     keeper = manager(settings.checkpoints)
     if keeper and (last := keeper.latest_step()) is not None:
@@ -399,7 +463,9 @@ def train(settings: Settings) -> None:
 
     implementation = working_attention()
     dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
-    if implementation is None and not small:  # Whole attention matrices take their room.
+    if (
+        implementation is None and not small and jax.default_backend() == "gpu"
+    ):  # Whole attention matrices take their room.
         stages = tuple(dataclasses.replace(stage, tokens=stage.tokens // 4) for stage in stages)
 
     # Workers. Their seeds hold the step, so that a run that goes on sees new samples.
@@ -415,7 +481,7 @@ def train(settings: Settings) -> None:
         worker.start()
 
     attend = attention(implementation)
-    jitted = make_step(config, attend, dtype)
+    jitted = make_step(config, attend, dtype, disturbed=stages[0].disturbed)
     exams = examination(work_folder, exam_rows, context, exam_length)
     jitted_test = jax.jit(lambda params, *batch: losses(params, config, *batch, attend=attend, dtype=dtype)[1])
     like = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)  # noqa: E731
@@ -427,7 +493,9 @@ def train(settings: Settings) -> None:
         if testing:
             compiled = jitted_test.lower(abstract[0], *batch).compile()
         else:
-            compiled = jitted.lower(*abstract, jax.ShapeDtypeStruct((), "float32"), *batch).compile()
+            compiled = jitted.lower(
+                *abstract, *(jax.ShapeDtypeStruct((), d) for d in ("float32", "uint32")), *batch
+            ).compile()
         print(f"{seconds():.0f} s: compiled {shape} in {time.time() - took:.0f} s", flush=True)
         return compiled
 
@@ -451,10 +519,10 @@ def train(settings: Settings) -> None:
         time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         text_tokens={p.stem: int(np.load(p, mmap_mode="r").shape[0]) for p in sorted(work_folder.glob("*.npy"))},
         tokenizer_sha256=hashlib.sha256((work_folder / "tokenizer.json").read_bytes()).hexdigest(),
-        held_out=json.loads((work_folder / "held_out.json").read_text()) if not small else [],
+        text=json.loads((work_folder / "held_out.json").read_text()),
         stages=[dataclasses.asdict(stage) for stage in stages],
     )
-    print({key: value for key, value in log[-1].items() if key not in ("held_out", "stages")}, flush=True)
+    print({key: value for key, value in log[-1].items() if key not in ("text", "stages")}, flush=True)
 
     def evaluate() -> None:
         started = time.time()
@@ -488,16 +556,21 @@ def train(settings: Settings) -> None:
             before = time.time()
             batch = queue.get(timeout=120)
             waited += time.time() - before
-            rate = settings.rate * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * (1 + math.cos(math.pi * share)) / 2)
+            rate = (
+                settings.rate
+                * min(1.0, (step + 1) / (20 if settings.start else 200))
+                * (0.02 + 0.98 * (1 + math.cos(math.pi * share)) / 2)
+            )
             run = compiled[batch[0].shape].result()
-            params, state, report = run(params, state, jnp.float32(rate), *(jnp.asarray(x) for x in batch))
+            numbers = jnp.float32(rate), jnp.uint32(step)
+            params, state, report = run(params, state, *numbers, *(jnp.asarray(x) for x in batch))
             step += 1
             tokens_seen += batch[0].size
             reports.append((batch[0].shape[1], report))
             if len(reports) < 3:
                 continue
             jax.block_until_ready(reports[-3][1]["text"])  # At most three steps ahead of the device.
-            if len(reports) < (10 if small else 25):
+            if len(reports) < (10 if jax.default_backend() == "cpu" else 25):
                 continue
             got = [(length, jax.device_get(report)) for length, report in reports]
             longest = stages[stage_index].lengths[-1][0]
@@ -526,14 +599,14 @@ def train(settings: Settings) -> None:
                 print(f"{seconds():.0f} s: {words} waited {waited:.1f} s {by_task}", flush=True)
             reports, tokens_seen, since, waited = [], 0, time.time(), 0.0
             # Rows of the stage's longest length decide whether it is done.
-            hard = [by_task[name] for name in ("needle", "pairs", "recall") if name in by_task]
+            hard = [by_task[name] for name in ("needle", "pairs") if name in by_task]
             solved = min(hard) if hard else 0.0
-            over = share > stages[stage_index].until or (solved > ENOUGH and step - entered > 150)
+            over = share > stages[stage_index].until or (solved > ENOUGH and step - entered > 400)
             if over and stage_index + 1 < len(stages):
                 stage_index += 1
                 stage_value.value, entered = stage_index, step
                 print(f"{seconds():.0f} s: stage {stage_index} begins at step {step} ({solved:.2f} solved)", flush=True)
-            if time.time() - tested > (15 if small else 45):
+            if time.time() - tested > (15 if small else 900 if jax.default_backend() == "cpu" else 45):
                 evaluate()
                 tested = since = time.time()
     evaluate()
@@ -549,6 +622,8 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/tiny"))
     parser.add_argument("--minutes", type=float, default=8.5, help="of the clock, everything included")
     parser.add_argument("--checkpoints", type=pathlib.Path, default=None, help="folder to save to and go on from")
+    parser.add_argument("--text", type=pathlib.Path, default=None, help="folder of tokenized text, made if not there")
+    parser.add_argument("--start", type=pathlib.Path, default=None, help="export to tune on undisturbed text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that make samples")

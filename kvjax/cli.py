@@ -99,7 +99,13 @@ def user_errors() -> Iterator[None]:
 @app.command()
 def compare(
     model: ModelOption = MODEL,
-    policies: Annotated[str, typer.Option(help="Separated by semicolons; see `kvjax methods`.")] = POLICIES,
+    policies: Annotated[
+        str, typer.Option(help='Separated by semicolons; "all" is every method. See `kvjax methods`.')
+    ] = POLICIES,
+    sizes: Annotated[
+        str | None,
+        typer.Option(help='Such as "50,25": percent of the full cache\'s bytes, for policies without a budget.'),
+    ] = None,
     task: Annotated[str, typer.Option(help="needle, ppl, or a file of JSON lines.")] = "needle",
     protocol: ProtocolOption = Protocol.aware,
     context: ContextOption = None,
@@ -133,16 +139,28 @@ def compare(
 
     `kvjax compare --task ppl --policies "kivi; int4; h2o('24MB')" --context 4000`
 
+    `kvjax compare --model tiny --context 1000 --policies all --sizes 50,25,12.5,6.25`
+
     `kvjax compare --model ./my-checkpoint --task my.jsonl --out results/mine`
     """
     with user_errors():
         from kvjax.evaluation import Settings, make_task, parse_policies
 
-        settings = Settings(policies=parse_policies(policies), protocol=protocol.value, speed=speed)
+        chosen_policies = parse_policies(policies, _percentages(sizes))
+        settings = Settings(policies=chosen_policies, protocol=protocol.value, speed=speed)
         chosen = make_task(task, context=context, count=samples, needles=needles, seed=seed)
         folder = _folder(out, model, chosen, settings, dtype)
-    ran = _evaluate(_load(model, dtype, [folder]), model, [(chosen, folder)], settings, overwrite)
+    loaded = _load(model, dtype, [folder])
+    ran = _evaluate(loaded, model, [(chosen, folder)], settings, overwrite, what_fits=sizes is not None)
     _report(ran, as_json)
+
+
+def _percentages(text: str | None) -> tuple[float, ...]:
+    """ "50,25" -> (0.5, 0.25)."""
+    try:
+        return tuple(float(part) / 100 for part in (text or "").split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f'Cannot read the sizes {text!r}: give percentages such as "50,25,12.5".') from None
 
 
 @app.command(name="eval")
@@ -235,15 +253,26 @@ class _Ran:
 
 
 def _evaluate(
-    model: "Model", name: str, tasks: "list[tuple[Task, pathlib.Path]]", settings: "Settings", overwrite: bool
+    model: "Model",
+    name: str,
+    tasks: "list[tuple[Task, pathlib.Path]]",
+    settings: "Settings",
+    overwrite: bool,
+    what_fits: bool = False,
 ) -> list[_Ran]:
-    from kvjax.evaluation import check, make_cases, read_rows, resolved_config, run
+    """Runs tasks; with `what_fits`, policies that cannot serve the model or be so small are left out, and named."""
+    from kvjax.evaluation import check, make_cases, read_rows, resolved_config, run, servable
 
     with user_errors():  # All tasks are checked before the first is run.
         prepared = []
         for task, folder in tasks:
-            config = resolved_config(name, model.params["embed"].dtype, task, settings)
             cases = make_cases(task, task.samples(model), settings)
+            if what_fits:
+                fit, reasons = servable(model, cases, settings.policies)
+                settings = dataclasses.replace(settings, policies=fit)
+                for reason in reasons.values():
+                    notes.print(f"Left out: {reason}", style="dim", markup=False, highlight=False)
+            config = resolved_config(name, model.params["embed"].dtype, task, settings)
             check(model, cases, settings)
             prepared.append((task, folder, config, cases, read_rows(folder, config, overwrite)))
     ran = []

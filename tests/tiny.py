@@ -44,6 +44,7 @@ SMALL = {
     "chunk": 4,
     "group": 16,
     "residual": 16,
+    "buffer": 16,
     "sparsity": 0.15,
     "whole": 6,
     "future": 8,
@@ -55,6 +56,7 @@ SMALL = {
     "stabilizers": 3,
     "page": 4,
     "start": 0,
+    "correction": None,
     "dense": 0,
 }
 

@@ -52,10 +52,10 @@ class Recipe:
         """Outliers on each side of a vector of so many entries."""
         return int(size * self.sparsity / 2)
 
-    def starts(self, heads: int, dim: int, rank: int) -> tuple[Array, Array]:
-        """Of the power iterations for keys and values: [H, D, rank] float32."""
+    def starts(self, heads: int, dims: tuple[int, int], rank: int) -> tuple[Array, Array]:
+        """Of the power iterations for keys and values of dims channels: [H, D, rank] float32."""
         keys, values = jax.random.split(jax.random.key(self.seed))
-        return jax.random.uniform(keys, (heads, dim, rank)), jax.random.uniform(values, (heads, dim, rank))
+        return jax.random.uniform(keys, (heads, dims[0], rank)), jax.random.uniform(values, (heads, dims[1], rank))
 
 
 @typing.no_type_check
@@ -317,9 +317,9 @@ class GearSlots(Layer):
     def _flush(self, full: Array) -> "GearSlots":
         """The buffer becomes a block in rows where it is full [B]."""
         size, total, recipe = self.recipe.buffer, self.pos.shape[-1], self.recipe
-        heads, dim = self.k_buffer.shape[1], self.k_buffer.shape[3]
+        heads, dims = self.k_buffer.shape[1], (self.k_buffer.shape[3], self.v_buffer.shape[3])
         held = jnp.broadcast_to(full[:, None], (full.shape[0], size))
-        block, starts = jnp.where(full, self.used, self.blocks), recipe.starts(heads, dim, recipe.ranks[1])
+        block, starts = jnp.where(full, self.used, self.blocks), recipe.starts(heads, dims, recipe.ranks[1])
         k, v = (
             (first, later.put(block, compress_block(x, held, recipe, start, keys)))
             for (first, later), x, start, keys in zip(
@@ -355,13 +355,13 @@ def make_gear(k: Array, v: Array, pos: Array, recipe: Recipe) -> GearSlots:
       k, v: [B, H, N, D], tokens in order. pos: [B, 1 or H, N] int32, `EMPTY` at the end of shorter rows.
       recipe: How.
     """
-    heads, length, dim = k.shape[1:]
+    heads, length, dims = k.shape[1], k.shape[2], (k.shape[3], v.shape[3])
     size, first = recipe.buffer, length - length % recipe.buffer
     count = (pos[:, 0] != EMPTY).sum(-1, dtype=jnp.int32)[:, None]
     packed = count - count % size  # Tokens of each row in its block [B, 1].
     held = jnp.arange(first, dtype=jnp.int32) < packed
     sides = []
-    starts, later = (recipe.starts(heads, dim, rank) for rank in recipe.ranks)
+    starts, later = (recipe.starts(heads, dims, rank) for rank in recipe.ranks)
     for x, of_prompt, of_later, keys in zip((k, v), starts, later, (True, False), strict=True):
         block = compress_block(x[:, :, :first], held, recipe, of_prompt, keys) if first else None
         sides.append((block or _empty(x, recipe, of_prompt, keys), _empty(x, recipe, of_later, keys)))

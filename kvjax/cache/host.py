@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 from jax import Array, lax
-from jax.experimental.compute_on import compute_on
+from jax.experimental import compute_on
 
+# A function of a function; JAX 0.10 has it beside a context manager of the shorter name, later ones in its place.
+run_on: Any = getattr(compute_on, "compute_on2", compute_on.compute_on)
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
 
@@ -32,9 +34,8 @@ def fetch(x: Array, index: Array) -> Array:
     if not on_host(x):
         return _gather(x, index)
     # Nothing but the gather: in this space every operand must be the host's, constants included.
-    with compute_on("device_host"):
-        found = _gather(x, jax.device_put(index, HOST))
-    return jax.device_put(found, DEVICE)
+    there = run_on(_gather, compute_type="device_host", out_memory_spaces=HOST)
+    return jax.device_put(there(x, jax.device_put(index, HOST)), DEVICE)
 
 
 def to_device(x: Array) -> Array:

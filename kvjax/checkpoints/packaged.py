@@ -1,8 +1,8 @@
 """Models that come as Python packages, so that they can be had wherever packages can.
 
 One, "tiny", comes with kvjax itself: five million parameters that find things in a context, for tests and first steps.
-Others are packages of their own. A package registry limits the size of a file, so such a model is a GGUF file cut into parts. It is put together once, in
-the user's cache folder, and its checksum is verified while that is done.
+Others are packages of their own. A package registry limits the size of a file, so such a model is a GGUF file cut into
+parts. It is put together once, in the user's cache folder, and its checksum is verified while that is done.
 """
 
 import dataclasses

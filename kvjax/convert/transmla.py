@@ -324,12 +324,11 @@ def _check(config: Config, layers: Any, rank: int, rope_dim: int, freqfold: int 
         raise ValueError("Parameters that a method has trained on this model's keys do not fit others: train anew.")
     for rope in _ropes(config):
         least = max(rope.rotary_dim // max(rope_dim, 1), 1)
-        fits = rope_dim > 0 and rope_dim % 2 == 0 and not (rope.rotary_dim % rope_dim and rope_dim % rope.rotary_dim)
-        if not fits or rope_dim > config.num_kv_heads * rope.rotary_dim:
+        if not Mla(rank, rope_dim).fits(rope) or rope_dim > config.num_kv_heads * rope.rotary_dim:
             raise ValueError(
                 f"rope_dim={rope_dim} does not fit: in each of {config.num_kv_heads} KV heads {rope.rotary_dim} "
-                f"channels rotate, so it must be even, and {rope.rotary_dim} divided by a whole number, or times one up "
-                f"to {config.num_kv_heads}."
+                f"channels rotate, so it must be even, and {rope.rotary_dim} divided by a whole number, or times one "
+                f"up to {config.num_kv_heads}."
             )
         if freqfold is None and (rope.rotary_dim // 2) % least == 0:
             continue

@@ -15,6 +15,7 @@ from kvjax.evaluation.runner import (
     parse_policies as parse_policies,
     resolved_config as resolved_config,
     run as run,
+    servable as servable,
 )
 from kvjax.evaluation.speed import bench as bench
 from kvjax.evaluation.tasks import Sample as Sample, Task as Task, make_task as make_task

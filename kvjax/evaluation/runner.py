@@ -32,6 +32,7 @@ from kvjax.model import Model, bucket
 from kvjax.models.config import Config
 from kvjax.models.transformer import unembed
 from kvjax.policies import (
+    Budget,
     Needs,
     Observed,
     Plan,
@@ -40,6 +41,7 @@ from kvjax.policies import (
     abstract_cache,
     compress_decided,
     decide,
+    methods,
     parse_policy,
     plan,
 )
@@ -74,19 +76,37 @@ class Settings:
             raise ValueError(f"The continuation must have at least 1 token, got {self.tokens}.")
 
 
-def parse_policies(text: str) -> tuple[Policy, ...]:
+def parse_policies(text: str, sizes: Sequence[float] = ()) -> tuple[Policy, ...]:
     """Policies as written on the command line, separated by semicolons; the full cache is put first.
+
+    Args:
+      text: Policies; "all" stands for every method.
+      sizes: Budgets for policies that need one and give none, as parts of the uncompressed cache's bytes, or of its
+        tokens where a budget is what is read: each of these policies comes once per size.
 
     Raises:
       PolicyError: One cannot be read, makes no sense or is given twice.
     """
-    policies = [parse_policy(part) for part in text.split(";") if part.strip()]
+    given = [part.strip() for part in text.split(";") if part.strip()]
+    parts = [name for part in given for name in (methods() if part == "all" else [part])]
+    # Without a budget of its own a policy is another at every size; with one it is the same.
+    wanted = sizes or (None,)
+    policies = [policy for part in parts for policy in dict.fromkeys(_of_size(part, size) for size in wanted)]
     if not policies:
         raise PolicyError('No policies given. Write them like "full; snapkv(0.25); kivi(bits=4)".')
     for policy, other in itertools.combinations(policies, 2):
         if policy == other:
             raise PolicyError(f"{policy} and {other} are the same policy. Give it once.")
     return (Policy(), *(policy for policy in policies if policy != Policy()))
+
+
+def _of_size(text: str, size: float | None) -> Policy:
+    if size is None:
+        return parse_policy(text)
+    try:
+        return parse_policy(text, budget=Budget(size=size))
+    except PolicyError:
+        return parse_policy(text, budget=Budget(ratio=size))
 
 
 def resolved_config(name: str, dtype: Any, task: Task, settings: Settings) -> dict[str, Any]:
@@ -172,6 +192,19 @@ def check(model: Model, cases: Sequence[Case], settings: Settings) -> None:
     for length in sorted({len(case.prompt) for case in cases}):
         for policy in settings.policies:
             plan(policy, model.config, length, _dtype(model))
+
+
+def servable(
+    model: Model, cases: Sequence[Case], policies: Sequence[Policy]
+) -> tuple[tuple[Policy, ...], dict[Policy, str]]:
+    """The policies that can serve the model and every prompt; and of the others why not."""
+    reasons: dict[Policy, str] = {}
+    for policy, length in itertools.product(policies, sorted({len(case.prompt) for case in cases})):
+        try:
+            plan(policy, model.config, length, _dtype(model))
+        except PolicyError as error:
+            reasons[policy] = str(error)
+    return tuple(policy for policy in policies if policy not in reasons), reasons
 
 
 def _dtype(model: Model) -> Any:

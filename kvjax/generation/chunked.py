@@ -28,22 +28,24 @@ def _open(config: Config, plan: Plan, slots: Array, size: int, dtype: Any) -> tu
     policy, batch = plan.policy, slots.shape[-1]
     number = {layer: i for i, layer in enumerate(config.full_layers)}
 
-    def nothing(length: int) -> Array:
-        return jnp.zeros((batch, config.num_kv_heads, length, config.head_dim), dtype)
+    def nothing(length: int) -> tuple[Array, Array]:
+        k = jnp.zeros((batch, config.cache_heads, length, config.key_dim), dtype)
+        return k, k[..., -config.value_dim :]
 
     def layer(index: int) -> Any:
+        spec = layer_spec(config, index)
         if config.layer_types[index] == "sliding":
             pos = jnp.full((batch, config.sliding_window), EMPTY, jnp.int32)
-            return make_ring(nothing(config.sliding_window), nothing(config.sliding_window), pos, config.sliding_window)
+            return make_ring(*nothing(config.sliding_window), pos, config.sliding_window, latent=spec.latent)
         place = plan.places[number[index]]
         rows = jnp.zeros((batch,), jnp.int32)
-        queries = jnp.zeros((batch, config.num_heads, 0, config.head_dim), dtype)
+        queries = jnp.zeros((batch, config.num_heads, 0, config.key_dim), dtype)
         obs = Observation(
             q=queries, q_pos=queries[:, 0, :, 0].astype(jnp.int32), moments={}, length=rows, layer=rows[0]
         )
-        about = Built(obs=obs, spec=layer_spec(config, index), capacity=0, role=place.role)
-        pos = jnp.zeros((batch, config.num_kv_heads, 0), jnp.int32)
-        empty = policy.layout.build(Prompt(k=nothing(0), v=nothing(0), pos=pos), about)
+        about = Built(obs=obs, spec=spec, capacity=0, role=place.role)
+        k, v = nothing(0)
+        empty = policy.layout.build(Prompt(k=k, v=v, pos=jnp.zeros(k.shape[:3], jnp.int32)), about)
         opened = policy.stages[-1].open(empty, slots[number[index]])
         return opened.reserve(_capacity(plan, number[index]) + size)
 

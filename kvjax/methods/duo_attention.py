@@ -5,8 +5,8 @@ A gate per KV head, trained once per model (`kvjax.training.duo`), says how much
 heads keep everything; the others a ring of constant size (section 2.4).
 
 Differs from the authors' code: a streaming head's query sees the last `recent` tokens, itself included, as in their
-training; their deployed cache shows it one more. Heads stay in the model's order (they reorder the projections). No
-noise is added to the gates before their quantile is taken, so that gates which are equal stay together.
+training; their deployed cache shows it one more. Heads stay in the model's order (they reorder the projections). Of
+equal gates the first retrieve (they add a little noise), so that a policy is the same wherever it is built.
 """
 
 import math
@@ -19,19 +19,18 @@ from kvjax.policies import Policy, SplitHeads, register
 @register(
     "DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads",
     "https://arxiv.org/abs/2410.10819",
-    gates="even",
     sinks=4,
     recent=8,
 )
 def duo_attention(
-    gates: str | Sequence[Sequence[float]], *, retrieval: float = 0.5, sinks: int = 64, recent: int = 256
+    gates: str | Sequence[Sequence[float]] = "even", *, retrieval: float = 0.5, sinks: int = 64, recent: int = 256
 ) -> Policy:
     """Keeps everything in the heads that retrieve, and sinks and recent tokens in the others.
 
     Args:
       gates: A file with a line of numbers for every full-attention layer, one for each KV head, as
         `kvjax.training.duo.save_gates` writes and the authors publish (`full_attention_heads.tsv`); or the numbers.
-        "even" is an untrained pattern for any model: heads of both kinds take turns.
+        "even" is an untrained pattern for any model, to compare with: heads of both kinds take turns.
       retrieval: Part of all layers' KV heads that keep everything (paper: half with grouped queries, else a quarter).
       sinks: First tokens of a ring that stay.
       recent: Newest tokens of a ring.

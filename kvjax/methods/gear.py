@@ -33,7 +33,7 @@ class Gear(Store):
         return make_gear(prompt.k, prompt.v, prompt.pos, self.recipe)
 
     def check(self, config: Any) -> None:
-        recipe, dim = self.recipe, config.head_dim
+        recipe, dim = self.recipe, config.value_dim
         if dim % codes_per_word(recipe.bits) or (recipe.group and dim % min(recipe.group, dim)):
             raise ValueError(
                 f"Values are packed in groups of {recipe.group} channels, {codes_per_word(recipe.bits)} codes a word; "
@@ -53,10 +53,9 @@ def gear(
     *,
     group: int = 64,
     sparsity: float = 0.02,
-    rank: int = 4,
-    later_rank: int = 2,
+    ranks: tuple[int, int] = (4, 2),
     loops: int = 3,
-    residual: int = 64,
+    buffer: int = 64,
     scale_dtype: str = "float16",
     seed: int = 0,
 ) -> Policy:
@@ -66,32 +65,31 @@ def gear(
       bits: Width of a code.
       group: Tokens (keys) or channels (values) that share a scale and a zero; 0 for whole channels and tokens (KCVT).
       sparsity: Share of entries kept as they are, half of them large, half small (paper: 0.02); 0 for GEAR-L.
-      rank: Of the error of the prompt's block (paper: 4); 0 leaves it out (with `later_rank=0`: GEAR-S).
-      later_rank: Of blocks compressed while decoding (paper: 2).
+      ranks: Of the error of the prompt's block, and of blocks that come later (paper: 4 and 2); (0, 0) for GEAR-S.
       loops: Of the power iteration.
-      residual: Tokens in the buffer, and of each block that it becomes (authors' example: 64).
+      buffer: Tokens that wait in full precision until they become a block (authors' example: 64).
       scale_dtype: Of scales, zeros, outliers and factors.
       seed: Of the numbers that the power iteration starts from.
     """
     per = codes_per_word(bits)
-    if residual < 1 or residual % per or (group and residual % group):
+    if buffer < 1 or buffer % per or (group and buffer % group):
         raise ValueError(
-            f"residual={residual} must be a multiple of group={group} and of the {per} codes in a word: it becomes a "
+            f"buffer={buffer} must be a multiple of group={group} and of the {per} codes in a word: it becomes a "
             "block at once."
         )
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity is a share of entries, at least 0 and below 1, got {sparsity}.")
-    if min(rank, later_rank) < 0 or max(rank, later_rank) > residual:
-        raise ValueError(f"Ranks are from 0 to the {residual} tokens of a block, got {rank} and {later_rank}.")
+    if len(ranks) != 2 or min(ranks) < 0 or max(ranks) > buffer:
+        raise ValueError(f"ranks are two numbers from 0 to the {buffer} tokens of a block, got {ranks}.")
     if loops < 1:
         raise ValueError(f"The power iteration needs at least one loop, got {loops}.")
     recipe = Recipe(
         bits=bits,
         group=group,
         sparsity=sparsity,
-        ranks=(rank, later_rank),
+        ranks=tuple(ranks),
         loops=loops,
-        buffer=residual,
+        buffer=buffer,
         dtype=scale_dtype,
         seed=seed,
     )

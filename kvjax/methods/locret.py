@@ -98,6 +98,8 @@ def locret(
         raise ValueError(f"stabilizers is a share below 1 or a number of tokens, got {stabilizers}.")
     if local < 0 or stabilizers < 0:
         raise ValueError(f"local and stabilizers cannot be negative, got {local} and {stabilizers}.")
+    if phase not in ("chunk", "prompt"):
+        raise ValueError(f'phase is "chunk" or "prompt", got {phase!r}: scores of tokens do not change while decoding.')
     score, slots = OfItself(RetainingHead(activation)), Budget.of(budget)
     if phase == "prompt":
         return Policy(stages=(Evict(score=score, budget=slots, recent=local),))

@@ -13,7 +13,7 @@ a channel that is all zero is left alone; 3 bits do not pack evenly into words a
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import Array
@@ -53,7 +53,7 @@ class TwoPrecisions(Store):
     def build(self, prompt: Prompt, about: Built) -> Demoting:
         nothing = jnp.zeros((1, 1, 0), jnp.int32)
         rest = prompt.take(nothing, nothing > 0) if about.rest is None else about.rest
-        lens = Balance(factor=self.factor(prompt, rest, about.obs.extremes))
+        lens = Balance(factor=self.factor(prompt, rest, about.obs.extremes if self.balance else None))
         high, low = (self.codec(bits, prompt.k.shape[-1]) for bits in (self.kept_bits, self.bits))
         inner = Slots(k=low.encode(lens.keys(rest.k)), v=low.encode(rest.v), pos=rest.pos, codec=low)
         kept = Slots(k=high.encode(prompt.k), v=high.encode(prompt.v), pos=prompt.pos, codec=high)
@@ -77,9 +77,11 @@ class TwoPrecisions(Store):
         known = (keys > 0) & (queries > 0)
         return jnp.sqrt(jnp.where(known, queries, 1.0) / jnp.where(known, keys, 1.0))
 
-    def check(self, config) -> None:
+    def check(self, config: Any) -> None:
+        if config.mla is not None:
+            raise ValueError("keys alone are balanced, and latent attention has keys and values in one. Use full.")
         for bits in (self.bits, self.kept_bits):
-            self.codec(bits, config.head_dim).check(config.head_dim)
+            self.codec(bits, config.key_dim).check(config.key_dim)
 
 
 @register(

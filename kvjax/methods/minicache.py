@@ -12,7 +12,8 @@ largest angle down. (xKV takes the paper's `d < d_min + gamma (d_max - d_min)` f
 most alike of 96 recorded tokens and merges the 94 others. Read the other way round, 94 would be retained.) The range is
 that of one sequence, not of the batch; parallel vectors stay of unit length. Beyond both: at most `most` of a prompt's
 tokens are retained in a head, the most distinct first, so that sizes are known before; decoded tokens are always
-merged; only layers with full attention are paired, neighbours among themselves.
+merged; only layers with full attention are paired, neighbours among themselves. Where sliding layers lie between these
+(Gemma 3 has five) they are no neighbours in the model, directions hardly agree, and so the answers suffer.
 """
 
 import dataclasses

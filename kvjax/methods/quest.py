@@ -72,7 +72,7 @@ def quest(budget: Budget | int | float | str, *, page: int = 16, dense: int = 2)
       dense: First full-attention layers that read everything (paper: 2).
     """
     read = Budget.of(budget)
-    if read.bytes is not None:
+    if read.in_bytes:
         raise ValueError("the budget is what a query reads, in tokens or as a ratio; nothing is dropped to save bytes.")
     if page < 1 or dense < 0:
         raise ValueError(f"page is positive and dense not negative, got page={page} and dense={dense}.")

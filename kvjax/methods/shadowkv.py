@@ -49,7 +49,7 @@ class Shadow(Store):
         for name, least in (("rank", 1), ("chunk", 1), ("local", 0), ("outliers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
-        if self.sparse.bytes is not None:
+        if self.sparse.in_bytes:
             raise ValueError(f"sparse is what a step reads, in tokens or as a ratio of the prompt; got {self.sparse}.")
         if self.sparse.tokens is not None and self.sparse.tokens < self.chunk:
             raise ValueError(

@@ -12,6 +12,7 @@ appendix D, which the code does not have.
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -56,6 +57,13 @@ class FewerChannels(Store):
         v = old.v if values is None else values.keys(old.v)
         thin = Through(inner=Slots(k=keys.keys(old.k), v=v, pos=old.pos), lens=keys, value_lens=values)
         return Tiers(tiers=(thin, Slots(k=new.k, v=new.v, pos=new.pos)))
+
+    def check(self, config: Any) -> None:
+        if config.mla is not None:
+            raise ValueError(
+                "latent attention keeps keys and values in one vector: values need the channels that keys could spare. "
+                "Use a policy that keeps all of them."
+            )
 
     def seen(self, about: Built) -> Array:
         """Which of the scoring queries are there [B, window]: a short prompt has fewer."""

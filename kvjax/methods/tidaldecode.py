@@ -7,11 +7,13 @@ alone, until the correction layer attends in full and chooses anew (section 3, a
 cache is that of `full`, and what shrinks is what a step reads.
 
 As in the authors' code: every query head chooses for itself and is followed by the heads of its number; the current
-token competes like the others; several new tokens at once choose each for itself. Layers are numbered among those with
-full attention.
+token competes like the others; several new tokens at once choose each for itself. Differs from the authors' code: the
+correction layer is by default where the paper has it for Llama 3, 13 of 32, in proportion to the model (their function
+has 9). Layers are numbered among those with full attention.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from kvjax.cache.reading import Choosing, Following
@@ -25,18 +27,19 @@ class Followed(Read):
     Attributes:
       budget: Tokens that are chosen, or their share of those that are there.
       start: The first layer that chooses; those before it read everything.
-      correction: The layer that chooses anew; None for none.
+      correction: The layer that chooses anew: its number, or a share of all layers, rounded up; None for none.
     """
 
     budget: Budget
     start: int = 2
-    correction: int | None = 9
+    correction: int | float | None = 0.4
 
     def role(self, layer: int, layers: int) -> Any:
         """(What the layer does, whether it is the last)."""
         if layer < self.start:
             return "all", False
-        return "choose" if layer in (self.start, self.correction) else "follow", layer == layers - 1
+        anew = math.ceil(self.correction * layers) if isinstance(self.correction, float) else self.correction
+        return "choose" if layer in (self.start, anew) else "follow", layer == layers - 1
 
     def wrap(self, layer: Any, about: Built) -> Any:
         does, last = about.role.read
@@ -59,10 +62,15 @@ class Followed(Read):
 
     def check(self, config: Any) -> None:
         layers = len(config.full_layers)
-        if self.start + 1 >= layers:
+        if isinstance(self.correction, int) and self.correction >= layers:
             raise ValueError(
-                f"full-attention layer {self.start} chooses for those after it, and this model has {layers} of them. "
-                "Give a smaller start."
+                f"there is no full-attention layer {self.correction} to choose anew: this model has {layers}, the "
+                "first of which is 0. Give a smaller correction, a share such as 0.4, or None."
+            )
+        if all(self.role(layer, layers)[0] != "follow" for layer in range(layers)):
+            raise ValueError(
+                f"no layer is left to follow: of {layers} full-attention layers, {self.start} read everything before "
+                "one chooses for those after it. Give a smaller start."
             )
 
 
@@ -71,21 +79,22 @@ class Followed(Read):
     "https://arxiv.org/abs/2410.05076",
     budget=0.25,
 )
-def tidaldecode(budget: Budget | int | float | str, *, start: int = 2, correction: int | None = 9) -> Policy:
+def tidaldecode(budget: Budget | int | float | str, *, start: int = 2, correction: int | float | None = 0.4) -> Policy:
     """Keeps everything; most layers read only the tokens that a layer before them has found.
 
     Args:
       budget: Tokens that are read, or their share of what is there (authors' example: 256).
       start: The full-attention layer that chooses first; those before it read everything.
-      correction: The one that chooses anew (authors' function: 9; their Llama 3: 13); None, or a number beyond the
-        model's layers, for none.
+      correction: The one that chooses anew, as a number (authors' function: 9; paper's Llama 3: 13) or as a share of
+        the layers, rounded up; None for none.
     """
     read = Budget.of(budget)
-    if read.bytes is not None:
+    if read.in_bytes:
         raise ValueError("the budget is what a query reads, in tokens or as a ratio; nothing is dropped to save bytes.")
-    if start < 0 or (correction is not None and correction <= start):
-        raise ValueError(
-            f"start is not negative and correction comes after it (or is None), got start={start} and "
-            f"correction={correction}."
-        )
+    if start < 0:
+        raise ValueError(f"start is the number of a layer, got {start}.")
+    if isinstance(correction, float) and not 0 < correction < 1:
+        raise ValueError(f"As a share of the layers, correction is between 0 and 1; got {correction}.")
+    if isinstance(correction, int) and correction <= start:
+        raise ValueError(f"correction comes after start={start}, or is None; got {correction}.")
     return Policy(read=Followed(budget=read, start=start, correction=correction))

@@ -63,6 +63,11 @@ class Mla:
     rank: int
     rope_dim: int
 
+    def fits(self, rope: Rope) -> bool:
+        """Whether `rope_dim` goes with an embedding."""
+        mine, theirs = self.rope_dim, rope.rotary_dim
+        return mine > 0 and mine % 2 == 0 and (theirs % mine == 0 or mine % theirs == 0)
+
     def rope(self, rope: Rope) -> Rope:
         """The embedding of the rotating channels: fewer of a head's frequencies, or those of several heads."""
         return dataclasses.replace(
@@ -131,12 +136,11 @@ class Config:
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads}).")
         if "sliding" in self.layer_types and self.sliding_window <= 0:
             raise ValueError("A model with sliding layers needs sliding_window > 0.")
-        for rope in (self.rope, self.sliding_rope) if self.mla else ():
-            if self.mla.rope_dim % 2 or (self.mla.rope_dim % rope.rotary_dim and rope.rotary_dim % self.mla.rope_dim):
-                raise ValueError(
-                    f"rope_dim ({self.mla.rope_dim}) must be even, and a divisor or a multiple of the "
-                    f"{rope.rotary_dim} channels that rotate in a head."
-                )
+        if self.mla and not all(self.mla.fits(rope) for rope in (self.rope, self.sliding_rope)):
+            raise ValueError(
+                f"{self.mla}: rope_dim must be even, and a divisor or a multiple of the {self.rope.rotary_dim} "
+                "channels that rotate in a head."
+            )
 
     @property
     def num_layers(self) -> int:

@@ -14,7 +14,8 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """A number of tokens per layer and head, a ratio of the prompt, or bytes of the whole cache of one sequence.
+    """A number of tokens per layer and head, a ratio of the prompt, bytes of the whole cache of one sequence, or a part
+    of the bytes that the uncompressed cache would take.
 
     Exactly one field is set. A budget of more than there is keeps everything.
     """
@@ -22,21 +23,24 @@ class Budget:
     tokens: int | None = None
     ratio: float | None = None
     bytes: int | None = None
+    size: float | None = None
 
     def __post_init__(self):
-        given = [value for value in (self.tokens, self.ratio, self.bytes) if value is not None]
+        given = [value for value in (self.tokens, self.ratio, self.bytes, self.size) if value is not None]
         if len(given) != 1:
-            raise ValueError(f"A budget is tokens, a ratio or bytes: exactly one of them, got {self!r}.")
+            raise ValueError(f"A budget is tokens, a ratio, bytes or a size: exactly one of them, got {self!r}.")
         if given[0] <= 0:
             raise ValueError(f"A budget must be positive, got {self}.")
-        if self.ratio is not None and self.ratio > 1:
-            raise ValueError(
-                f"A ratio is the part that is kept, between 0 and 1; got {self.ratio}. For tokens give an int."
-            )
+        for name, part in (("ratio", self.ratio), ("size", self.size)):
+            if part is not None and part > 1:
+                raise ValueError(
+                    f"A {name} is the part that is kept, between 0 and 1; got {part}. For tokens give an int."
+                )
 
     @classmethod
     def of(cls, value: "Budget | int | float | str") -> "Budget":
-        """From what people write: 512 (tokens), 0.25 (ratio kept), "25%", "64KiB" or "2MB".
+        """From what people write: 512 (tokens), 0.25 (ratio kept), "25%", "64KiB" or "2MB", "25%B" (a quarter of the
+        bytes of the uncompressed cache).
 
         Raises:
           ValueError: It is none of these.
@@ -52,21 +56,30 @@ class Budget:
         match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z%]+)\s*", value) if isinstance(value, str) else None
         if match and match[2] == "%":
             return cls(ratio=float(match[1]) / 100)
+        if match and match[2] == "%B":
+            return cls(size=float(match[1]) / 100)
         if match and match[2] in UNITS:
             return cls(bytes=math.floor(float(match[1]) * UNITS[match[2]]))
         raise ValueError(
-            f"Cannot read the budget {value!r}: give an int (tokens), a float up to 1.0 (ratio kept) or a size such as "
-            "'64KiB'."
+            f"Cannot read the budget {value!r}: give an int (tokens), a float up to 1.0 (ratio kept), bytes such as "
+            "'64KiB', or '25%B' (a quarter of the uncompressed cache's bytes)."
         )
 
     def __str__(self) -> str:
         if self.ratio is not None:
             return repr(float(self.ratio))
+        if self.size is not None:
+            return f"'{100 * self.size:g}%B'"
         return str(self.tokens) if self.tokens is not None else f"'{self.bytes}B'"
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether it depends on the model how many tokens that is."""
+        return self.bytes is not None or self.size is not None
 
     def mean(self, length: Any) -> Any:
         """Slots per layer and head for prompts of `length` tokens [...]: a fraction where the budget is a ratio."""
-        if self.bytes is not None:
+        if self.in_bytes:
             raise ValueError("A budget in bytes depends on the model: `policies.plan` turns it into tokens first.")
         return self.ratio * length if self.tokens is None else self.tokens + 0 * length
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from kvjax.policies.policy import Policy
 from kvjax.policies.read import ReadAll
-from kvjax.policies.stage import Evict, Ring, Stage
+from kvjax.policies.stage import Evict, Forget, Ring, SplitHeads, Stage
 from kvjax.policies.store import Slotwise, Store
 
 
@@ -15,7 +15,7 @@ def parts(policy: Policy) -> dict[str, str]:
     return {
         "score": _joined(stage.score for stage in stages if isinstance(stage, Evict)),
         "budget": _joined(_budget(stage) for stage in stages),
-        "reduce": _joined(_reduce(stage) for stage in stages),
+        "reduce": _joined([*(_reduce(stage) for stage in stages), *([policy.transform] if policy.transform else [])]),
         "store": _store(policy.store),
         "read": "all" if policy.read == ReadAll() else show(policy.read),
         "phase": phase(policy),
@@ -23,10 +23,15 @@ def parts(policy: Policy) -> dict[str, str]:
 
 
 def phase(policy: Policy) -> str:
-    """When a policy acts: "end of prompt", "every step", "on write" if it only stores, "-" if it does nothing."""
+    """When a policy acts: "end of prompt", "every step", "on write" if it only stores, "on read" if it only reads in a
+    way of its own, "-" if it does nothing."""
     if policy.stages:
         return _joined(stage.phase for stage in policy.stages)
-    return "-" if policy.store is None else "on write"
+    if policy.transform is not None:
+        return "every step"
+    if policy.store is not None:
+        return "on write"
+    return "-" if policy.read == ReadAll() else "on read"
 
 
 def show(part: Any) -> str:
@@ -62,5 +67,9 @@ def _reduce(stage: Stage) -> str:
     if isinstance(stage, Evict):
         stays = [f"{stage.sinks} sinks"] if stage.sinks else []
         stays += [f"recent {stage.recent}"] if stage.recent else []
-        return f"evict, {show(stage.select)}" + (f", {' and '.join(stays)} stay" if stays else "")
+        rest = "" if stage.rest == Forget() else f"; the rest: {show(stage.rest)}"
+        return f"evict, {show(stage.select)}" + (f", {' and '.join(stays)} stay" if stays else "") + rest
+    if isinstance(stage, SplitHeads):
+        share = f"{stage.sparsity:.0%} of the heads"
+        return f"oldest is overwritten in {share}, {stage.sinks} sinks and recent {stage.recent} stay"
     return type(stage).__name__

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import typing
 from typing import Any
 
@@ -64,7 +65,7 @@ def plan(policy: Policy, config: Config, lengths: Any, dtype: Any) -> Plan:
         policy.check(config)
     except ValueError as error:
         raise PolicyError(f"{policy}: {error}") from None
-    if policy.stages and policy.stages[-1].budget.bytes is not None:
+    if policy.stages and policy.stages[-1].budget.in_bytes:
         policy = _in_tokens(policy, config, length, dtype)
     per_stage = []
     for stage in policy.stages:
@@ -86,6 +87,8 @@ def _in_tokens(policy: Policy, config: Config, length: int, dtype: Any) -> Polic
     """The policy with its last budget in tokens: the most whose cache, for one sequence, fits the bytes."""
     *before, last = policy.stages
     allowed = last.budget.bytes or 0
+    if last.budget.size is not None:
+        allowed = math.floor(last.budget.size * nbytes(plan(Policy(), config, length, dtype), config, dtype))
 
     def with_tokens(tokens: int) -> Policy:
         stage = dataclasses.replace(last, budget=Budget(tokens=tokens))  # type: ignore[type-var]

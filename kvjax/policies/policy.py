@@ -73,7 +73,7 @@ class Policy:
             )
         if last is not None and last.rest not in (None, Forget()) and self.layout.holds_rest:
             raise PolicyError(
-                f"{self.label!r}: one part merges the tokens that do not fit, the other stores them. Use one of the two."
+                f"{self.label!r}: one part merges the tokens that do not fit, the other stores them. Use one of them."
             )
         if last is not None and last.phase.when != "prompt" and not self.layout.slotwise:
             raise PolicyError(
@@ -86,7 +86,7 @@ class Policy:
                     f"In {self.label!r} the second budget ({after.budget}) is not below the first ({before.budget}), "
                     "so the second policy would never act. Give the later one less."
                 )
-        if any(stage.budget.bytes is not None for stage in self.stages[:-1]):
+        if any(stage.budget.in_bytes for stage in self.stages[:-1]):
             raise PolicyError(f"{self.label!r}: bytes can only bound the last policy that evicts.")
         try:
             self.read.fits(self)

@@ -1,6 +1,7 @@
 """What a policy does to a prompt's tokens, one stage after another: evict by score, or let a ring forget."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -351,7 +352,8 @@ class SplitHeads(Stage):
     Attributes:
       gates: How much each head needs the whole text, for every compressed layer; the highest keep everything. None:
         heads of both kinds take turns.
-      sparsity: Part of all layers' heads that keep a ring; the gates' quantile, so that equal ones stay together.
+      sparsity: Part of all layers' heads that keep a ring: those whose gates are below this quantile. Of equal ones the
+        first keep everything.
       sinks: First tokens of a ring that stay.
       recent: Newest tokens of a ring.
     """
@@ -374,8 +376,11 @@ class SplitHeads(Stage):
     def whole_heads(self, layer: int, heads: int) -> tuple[bool, ...]:
         """Which of a compressed layer's heads keep everything."""
         if self.gates is not None:
-            threshold = np.quantile(np.asarray(self.gates), self.sparsity) if 0 < self.sparsity else -np.inf
-            return tuple(self.sparsity < 1 and gate >= threshold for gate in self.gates[layer])
+            gates = np.concatenate([np.asarray(gates) for gates in self.gates])
+            keep = gates.size - math.ceil(self.sparsity * (gates.size - 1) - 1e-6) if self.sparsity < 1 else 0
+            best = np.argsort(-gates, kind="stable")[:keep]
+            first = sum(len(gates) for gates in self.gates[:layer])
+            return tuple(np.isin(np.arange(first, first + heads), best).tolist())
         turns = np.floor(np.arange(layer * heads, (layer + 1) * heads + 1) * (1 - self.sparsity) + 1e-6)
         return tuple((np.diff(turns) > 0).tolist())
 

@@ -33,7 +33,7 @@ from kvjax.checkpoints import Tokenizer
 from kvjax.kernels.attention import BLOCK, attend_part, causal_attention, dot_keys, dot_values, fold, unfold
 from kvjax.models.config import Config
 from kvjax.models.transformer import Params, embed, positions, rms_norm, run_layers
-from kvjax.training.loop import train
+from kvjax.training.loop import load_state, train
 
 Ids = tuple[int, ...]
 Full = Literal["teacher", "student"]
@@ -366,7 +366,7 @@ def train_gates(
             f"sinks and recent must be positive, initial in [0, 1], weight at least 0 and rate positive; got "
             f"sinks={sinks}, recent={recent}, initial={initial}, weight={weight}, rate={rate}."
         )
-    gates = jnp.full((layers, config.num_kv_heads), initial, jnp.float32)
+    gates = jnp.full((layers, config.cache_heads), initial, jnp.float32)
     state = {"gates": gates, "optimizer": optax.adam(schedule(rate, steps)).init(gates)}
     options = {"rate": rate, "steps": steps, "sinks": sinks, "recent": recent, "weight": weight, "full": full}
 
@@ -375,6 +375,17 @@ def train_gates(
 
     settings = {**options, "initial": initial}
     state = train(step, state, batches, steps, folder, every=every, settings=settings, show=show)
+    return np.asarray(state["gates"])
+
+
+def load_gates(folder: str | os.PathLike[str], config: Config) -> np.ndarray:
+    """Gates [full-attention layers, H] of a run's newest checkpoint.
+
+    Raises:
+      TrainingError: There is none, or it is of a model of other shapes.
+    """
+    gates = jnp.zeros((len(config.full_layers), config.cache_heads), jnp.float32)
+    _, state = load_state(folder, {"gates": gates, "optimizer": optax.adam(schedule(1.0, 1)).init(gates)})
     return np.asarray(state["gates"])
 
 

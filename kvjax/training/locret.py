@@ -60,13 +60,13 @@ def init_retaining_heads(config: Config, key: Array, hidden: int = 1024, dtype: 
     Returns:
       Per layer w1 [(H * G + 2 * H) * D, hidden] and w2 [hidden, H], uniform within 1 / sqrt(fan-in).
     """
-    channels = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    channels = config.num_heads * config.key_dim + config.cache_heads * (config.key_dim + config.value_dim)
 
     def draw(key: Array, rows: int, columns: int) -> Array:
         return jax.random.uniform(key, (rows, columns), dtype, -(rows**-0.5), rows**-0.5)
 
     keys = jax.random.split(key, (len(config.full_layers), 2))
-    return tuple({"w1": draw(a, channels, hidden), "w2": draw(b, hidden, config.num_kv_heads)} for a, b in keys)
+    return tuple({"w1": draw(a, channels, hidden), "w2": draw(b, hidden, config.cache_heads)} for a, b in keys)
 
 
 def with_retaining_heads(params: Params, config: Config, heads: Sequence[dict[str, Array]]) -> Params:

@@ -1,5 +1,6 @@
 """The house model "tiny": it loads without a network and finds what it is asked for in 1,024 tokens."""
 
+import math
 import random
 import re
 import socket
@@ -12,7 +13,7 @@ import kvjax
 from kvjax.evaluation import make_task
 from kvjax.evaluation.tasks import library_text
 
-CONTEXT = 1024
+CONTEXT, SAMPLES = 1024, 10
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_loads_without_network(monkeypatch):
 
 
 def test_finds_needles(tiny):
-    samples = make_task("needle", context=CONTEXT, count=20, needles=1, seed=0).samples(tiny)
+    samples = make_task("needle", context=CONTEXT, count=SAMPLES, needles=1, seed=0).samples(tiny)
     assert share_right(tiny, [([*s.context_ids, *s.question_ids], list(s.answers[0])) for s in samples]) >= 0.95
 
 
@@ -53,7 +54,7 @@ def test_finds_pairs(tiny):
     """Lines "word: 12345" fill the context; one of the words is begun again."""
     words = sorted(set(re.findall(r"\b[a-z]{4,8}\b", library_text())))
     questions = []
-    for i in range(20):
+    for i in range(SAMPLES):
         chance = random.Random(f"pairs/{i}")
         lines, ids = [], [tiny.config.bos_id]
         for word in chance.sample(words, len(words)):
@@ -69,13 +70,25 @@ def test_finds_pairs(tiny):
     assert share_right(tiny, questions) >= 0.95
 
 
+def test_answers_end(tiny):
+    """An answer is followed by a line break, so that it can be told from what comes after."""
+    prompt = (
+        "The library keeps its records in order, and every visitor may ask for them.\n"
+        "The secret code of Helsinki is 90417.\nSome visitors ask twice.\n"
+        "Question: What is the secret code of Helsinki?\nAnswer: "
+    )
+    assert tiny.generate(prompt, max_new_tokens=6) == "90417\n"
+
+
 def test_knows_its_language(tiny):
-    """Text that it was not trained on: this one."""
+    """Of text that it was not trained on: this one."""
     text = (
         "The module provides a function that returns the value of the given object. If the argument is not a string, "
-        "a TypeError is raised. The default value is None, which means that the list will be empty. "
+        "a TypeError is raised. The default value is None, which means that the list will be empty. When the method "
+        "is called with a sequence, it returns a new instance of the class, and the items of the sequence are used "
+        "as the arguments of the function.\n"
     )
     ids = jnp.asarray([tiny.tokenizer.encode(text)], jnp.int32)
     logs = jax.nn.log_softmax(kvjax.forward(tiny.params, tiny.config, ids)[0, :-1])
     loss = -float(jnp.take_along_axis(logs, ids[0, 1:, None], -1).mean())
-    assert jnp.exp(loss) < 30
+    assert math.exp(loss) < 30  # A model that knows nothing: 2,048.

@@ -373,3 +373,15 @@ def test_policies_compress_latents(text):
     alone = prefill(policy, tiny.TOKENS[1:2, :37], None)
     again, _ = kvjax.extend(params, config, policy, alone, tiny.QUESTION[1:2])
     np.testing.assert_allclose(logits[1:2], again, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_gemma(gemma):
+    """Normed heads, one KV head, sliding layers: exact where all channels rotate."""
+    tokens, lengths = gemma.encode(["The quick brown fox jumps over the lazy dog.", "A cache is data."])
+    new = transmla(gemma.params, gemma.config, tokens, lengths, rank=256, rope_dim=256)
+    assert off(gemma.params, gemma.config, *new, lengths, tokens) < 1e-4  # Measured: 1e-5.
+    half = dataclasses.replace(gemma.config, mla=Mla(128, 128))
+    planned = kvjax.plan(kvjax.policy("full"), half, 1000, jnp.float32)
+    sizes = [kvjax.policies.abstract_cache(planned, config, 1, jnp.float32).nbytes for config in (gemma.config, half)]
+    assert np.isclose(sizes[1], sizes[0] / 2, rtol=0.01)

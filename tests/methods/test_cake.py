@@ -1,4 +1,4 @@
-"""CAKE: budgets from the data, cascading while the prompt is read; against its oracle and the authors' recorded code."""
+"""CAKE: budgets from the data, cascading while the prompt is read; against its oracle and the authors' code."""
 
 import dataclasses
 import functools
@@ -140,15 +140,19 @@ SMALL = config_of(LAYERS, 4, 2, 16)
 
 @functools.cache
 def random_layers():
-    """Rows of every layer: attention is sharper in later ones."""
+    """Rows of every layer: attention is sharper in later ones, or in earlier ones."""
     rng = np.random.default_rng(3)
 
     def draw(heads, length, size=1.0):
         return (size * rng.normal(size=(heads, length, 16))).astype(np.float32).astype(np.float64)
 
-    return [
-        [(draw(4, n + STEPS, 0.5 + i), draw(2, n + STEPS), draw(2, n + STEPS)) for n in LENGTHS] for i in range(LAYERS)
-    ]
+    def layer(i):
+        sizes = (0.5 + i, 2.0 - i / 2, 1.0)
+        return [
+            (draw(4, n + STEPS, s), draw(2, n + STEPS), draw(2, n + STEPS)) for n, s in zip(LENGTHS, sizes, strict=True)
+        ]
+
+    return [layer(i) for i in range(LAYERS)]
 
 
 def by_oracle(row: int, **options) -> tuple[list[list[int]], list[np.ndarray]]:

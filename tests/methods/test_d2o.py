@@ -1,4 +1,4 @@
-"""D2O: merge instead of evict; against its oracle and the authors' recorded code."""
+"""D2O: merge instead of evict; against its oracle and the authors' code."""
 
 import dataclasses
 import functools
@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax.policies import PolicyError, decide
+from kvjax.policies import Phase, PolicyError, decide
 from kvjax.policies.merge import UNSET
+from kvjax.policies.preference import Evenness, Proportional
 from tests import tiny
 from tests.methods.layer import compress, kept, spec, step, tokens
 from tests.methods.test_against_oracles import DIM, LENGTHS, STEPS, TOLERANCE, decode, prompt, rotated
@@ -155,6 +156,17 @@ def test_a_row_alone_is_the_row_in_a_batch():
     np.testing.assert_allclose(alone.memo[0], cache.memo[1], atol=1e-6)
 
 
+def test_a_share_of_layers_goes_with_any_score():
+    """What layers are weighed by is observed whatever the tokens are chosen by."""
+    stage = kvjax.policy("knorm", 0.5).stages[0]
+    policy = kvjax.Policy(stages=(dataclasses.replace(stage, allocate=Proportional(Evenness())),))
+    assert policy.needs.column_spread and not policy.needs.column_sums
+    cache = kvjax.prefill(tiny.params(), tiny.CONFIG, policy, tiny.TOKENS, tiny.LENGTHS)
+    held = np.stack([np.asarray((layer.pos >= 0).sum(-1).max(-1)) for layer in tiny.full_layers(cache)])
+    np.testing.assert_array_equal(held.sum(0), tiny.LENGTHS)  # Half of each of two layers.
+    assert (held[0] != held[1]).any()
+
+
 # --- Bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -180,4 +192,9 @@ def test_compositions_and_budgets_that_cannot_be():
         kvjax.plan(kvjax.policy("d2o", 4), tiny.CONFIG, 48, jnp.float32)
     with pytest.raises(ValueError, match="every=1"):
         stage = kvjax.policy("d2o", 0.5).stages[0]
-        dataclasses.replace(stage, phase=kvjax.policies.Phase("step", every=4))
+        dataclasses.replace(stage, phase=Phase("step", every=4))
+
+
+def test_merging_and_keeping_what_is_merged_do_not_go_together():
+    with pytest.raises(PolicyError, match="merges the tokens"):
+        kvjax.Policy(stages=kvjax.policy("d2o", 0.5).stages, store=kvjax.policy("mikv").store)

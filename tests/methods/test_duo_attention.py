@@ -123,10 +123,17 @@ def test_an_even_pattern_has_the_wanted_sparsity(sparsity):
     assert stage.slots(np.array([100, 4]), 2)[0].tolist() == [int(100 - 92 * sparsity), 4]
 
 
-def test_equal_gates_stay_together():
-    assert [duo(((1.0, 0.0), (0.0, 0.0)), retrieval=1 - s).stages[0].whole_heads(1, 2) for s in (0.5, 0.8)] == [
-        (True, True),
-        (False, False),
+def test_of_equal_gates_the_first_retrieve():
+    """Many gates end at zero or one, and the share of heads that was asked for is kept all the same."""
+    gates = ((0.0, 1.0, 0.0, 0.0), (1.0, 0.0, 0.3, 0.0))
+    for retrieval in (0.125, 0.25, 0.5, 0.75, 1.0):
+        stage = duo(gates, retrieval=retrieval).stages[0]
+        found = np.array([stage.whole_heads(layer, 4) for layer in range(2)])
+        np.testing.assert_array_equal(found, oracle.retrieval_heads(np.array(gates), 1 - retrieval))
+        assert found.sum() == 8 * retrieval
+    assert [duo(gates).stages[0].whole_heads(layer, 4) for layer in range(2)] == [
+        (True, True, False, False),
+        (True, False, True, False),
     ]
 
 

@@ -10,15 +10,16 @@ import pytest
 import kvjax
 from kvjax.cache import EMPTY, Recipe, make_gear, tree_nbytes
 from kvjax.cache.gear import compress_block as compress_block_eagerly
-from tests.methods.layer import KV_HEADS, compress, spec
+from tests.methods.layer import KV_HEADS, compress, kept, spec
 from tests.methods.test_against_oracles import DIM, LENGTHS, STEPS, TOLERANCE, decode, prompt, rotated
-from tests.oracles import gear
+from tests.oracles import gear, snapkv
+from tests.oracles.attention import gather
 from tests.oracles.test_golden import golden, reading_inputs
 
 compress_block = jax.jit(compress_block_eagerly, static_argnames=("recipe", "keys"))
 
 # Short rows, small heads: enough outliers need a larger share. The last row has no block before the tenth step.
-TEXT = "gear({bits}, group={group}, sparsity=0.13, rank=3, later_rank=2, residual=16, scale_dtype='float32')"
+TEXT = "gear({bits}, group={group}, sparsity=0.13, ranks=(3, 2), buffer=16, scale_dtype='float32')"
 
 
 @functools.cache
@@ -30,7 +31,7 @@ def decoded(bits: int, group: int):
 def options(policy, bits: int, group: int) -> dict:
     recipe = policy.store.recipe
     starts, later = (
-        tuple(np.asarray(x, np.float64) for x in recipe.starts(KV_HEADS, DIM, rank)) for rank in recipe.ranks
+        tuple(np.asarray(x, np.float64) for x in recipe.starts(KV_HEADS, (DIM, DIM), rank)) for rank in recipe.ranks
     )
     return {"buffer": 16, "bits": bits, "group": group, "sparsity": 0.13, "starts": starts, "later": later}
 
@@ -49,6 +50,25 @@ def test_oracle(bits, group):
         wanted = gear.gear_cache(k, v, prompt=length, **options(policy, bits, group))
         for x, y in zip(found, wanted, strict=True):
             np.testing.assert_allclose(x[:, order], y, atol=5 * TOLERANCE)
+
+
+def test_after_an_eviction():
+    """Heads keep different tokens: a block is of those that are left, in their order."""
+    policy = kvjax.parse_policy("snapkv(20, window=6, pool=3) | " + TEXT.format(bits=4, group=8))
+    cache = compress(policy, spec(DIM), prompt(rotated()))
+    _, caches = decode(policy, cache, rotated())
+    for row, n in enumerate(LENGTHS):
+        q, k, v = rotated()[row]
+        some = snapkv.snapkv_kept(snapkv.snapkv_scores(q[:, :n], k[:, :n], window=6, width=3), window=6, budget=20)
+        np.testing.assert_array_equal(kept(cache, row), some)
+        some = np.concatenate([some, np.tile(np.arange(n, n + STEPS), (KV_HEADS, 1))], 1)
+        keys, values = gather(k, some), gather(v, some)
+        wanted = gear.gear_cache(keys, values, prompt=min(n, 20), **options(policy, 4, 8))
+        pos, *found = (np.asarray(x[row]) for x in caches[-1].held(spec(DIM)))
+        order = np.argsort(np.where(pos == EMPTY, 10**6, pos), -1)[:, : some.shape[1]]
+        np.testing.assert_array_equal(np.take_along_axis(pos, order, 1), some)
+        for x, y in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(np.take_along_axis(x, order[..., None], 1), y, atol=5 * TOLERANCE)
 
 
 def test_blocks_are_compressed_once():
@@ -102,7 +122,7 @@ def test_every_part_repairs_something():
         errors = []
         for sparsity, rank in ((0.0, 0), (0.02, 0), (0.0, 4), (0.02, 4)):
             recipe = Recipe(bits=2, group=32, sparsity=sparsity, ranks=(rank, rank))
-            start = recipe.starts(4, 64, rank)[0]
+            start = recipe.starts(4, (64, 64), rank)[0]
             errors.append(
                 float(jnp.linalg.norm(compress_block(x, held, recipe=recipe, start=start, keys=keys).read_back() - x))
             )
@@ -114,10 +134,10 @@ def test_every_part_repairs_something():
 def test_padding_changes_nothing(group):
     """Groups, outliers, means and factors are of a row's own tokens."""
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(1, 2, 16, 16)), jnp.float32)
+    x = jnp.asarray(5 + rng.normal(size=(1, 2, 16, 16)), jnp.float32)  # Far from the zeros of an empty slot.
     padded = jnp.concatenate([x, jnp.full((1, 2, 32, 16), 1e4, jnp.float32)], 2)
     recipe = Recipe(group=group, sparsity=0.3, ranks=(2, 2), buffer=16, dtype="float32")
-    start = recipe.starts(2, 16, 2)[0]
+    start = recipe.starts(2, (16, 16), 2)[0]
     for keys in (True, False):
         alone = compress_block(x, jnp.ones((1, 16), bool), recipe=recipe, start=start, keys=keys).read_back()
         beside = compress_block(padded, jnp.arange(48)[None] < 16, recipe=recipe, start=start, keys=keys).read_back()[
@@ -138,10 +158,10 @@ def test_bytes_are_few():
     "text, message",
     [
         ("gear(3)", "bits must be 2, 4 or 8"),
-        ("gear(2, residual=40)", "must be a multiple of group=64"),
-        ("gear(2, group=0, residual=24)", "16 codes in a word"),
+        ("gear(2, buffer=40)", "must be a multiple of group=64"),
+        ("gear(2, group=0, buffer=24)", "16 codes in a word"),
         ("gear(2, sparsity=2)", "sparsity is a share"),
-        ("gear(2, rank=65)", "Ranks are from 0 to the 64 tokens"),
+        ("gear(2, ranks=(65, 2))", "from 0 to the 64 tokens"),
         ("gear(2, loops=0)", "at least one loop"),
         ("h2o(0.5) | gear(2)", "evicts while decoding"),
     ],

@@ -6,6 +6,7 @@ import pytest
 
 import kvjax
 from kvjax.cache import EMPTY
+from kvjax.policies import Needs
 from tests import tiny
 from tests.methods.layer import KV_HEADS, compress, kept, spec
 from tests.methods.test_against_oracles import DIM, LENGTHS, STEPS, TOLERANCE, decode, prompt, rotated
@@ -89,6 +90,25 @@ def test_padding_balances_nothing():
     for row, n in enumerate(LENGTHS):
         q, k, _ = rotated()[row]
         np.testing.assert_allclose(together.low.lens.factor[row], mikv.balancer(q[:, :n], k[:, :n]), rtol=1e-5)
+
+
+def test_unbalanced_whatever_was_observed():
+    """One observation feeds many policies: that it holds extremes does not mean that this one asked for them."""
+    needs = Needs(column_sums=True, extremes=True)
+    observed = kvjax.observe(tiny.params(), tiny.CONFIG, tiny.TOKENS, tiny.LENGTHS, needs=needs)
+    for balance in (True, False):
+        policy = kvjax.policy("mikv", 8, balance=balance)
+        cache = kvjax.compress(kvjax.plan(policy, tiny.CONFIG, tiny.LENGTHS, jnp.float32), observed)
+        assert bool((cache.layers[0].low.lens.factor == 1).all()) != balance
+
+
+def test_everything_important_is_full_attention():
+    answers = []
+    for policy in (kvjax.policy("mikv", 4096), kvjax.policy("full")):
+        cache = kvjax.prefill(tiny.params(), tiny.CONFIG, policy, tiny.TOKENS, tiny.LENGTHS)
+        logits, _ = kvjax.extend(tiny.params(), tiny.CONFIG, policy, cache, tiny.QUESTION, tiny.QUESTION_LENGTHS)
+        answers.append(np.asarray(logits)[np.arange(6) < tiny.QUESTION_LENGTHS[:, None]])
+    np.testing.assert_allclose(*answers, atol=2e-5)
 
 
 def test_bytes_bound_it():

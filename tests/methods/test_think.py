@@ -1,10 +1,13 @@
 """ThinK against its oracle and against what the authors' code gave."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import kvjax
 from kvjax.cache import EMPTY
+from kvjax.policies import Needs
+from tests import tiny
 from tests.methods.layer import KV_HEADS, compress, kept, spec, tokens
 from tests.methods.test_against_oracles import DIM, LENGTHS, TOLERANCE, decode, prompt, rotated
 from tests.oracles import snapkv, think
@@ -96,6 +99,19 @@ def test_padding_scores_nothing():
         np.testing.assert_array_equal(together.tiers[0].lens.index[row], alone.tiers[0].lens.index[0])
         want = think.kept_channels(think.channel_scores(*(x[:, :n] for x in rotated()[row][:2]), window=16), 0.5)
         np.testing.assert_array_equal(alone.tiers[0].lens.index[0], np.stack([np.flatnonzero(x) for x in want]))
+
+
+def test_only_its_own_window_scores():
+    """One observation feeds many policies, some of which ask for more queries."""
+    policy = kvjax.policy("think", 0.5, whole=2, window=4)
+    alone, beside = (
+        kvjax.compress(
+            kvjax.plan(policy, tiny.CONFIG, tiny.LENGTHS, jnp.float32),
+            kvjax.observe(tiny.params(), tiny.CONFIG, tiny.TOKENS, tiny.LENGTHS, needs=Needs(window=window)),
+        )
+        for window in (4, 12)
+    )
+    np.testing.assert_array_equal(alone.layers[0].tiers[0].lens.index, beside.layers[0].tiers[0].lens.index)
 
 
 @pytest.mark.parametrize(

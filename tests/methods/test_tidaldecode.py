@@ -155,7 +155,10 @@ def test_a_budget_of_everything_is_full_attention_and_nothing_is_saved():
 
 def test_on_a_model_it_reads_less_and_rounded_tokens_too():
     """Generation in a compiled loop: what layers hand on lives within a step."""
-    few = [kvjax.parse_policy(text) for text in ("tidaldecode(4, start=0)", "tidaldecode(4, start=0) | int8")]
+    few = [
+        kvjax.parse_policy(text)
+        for text in ("tidaldecode(4, start=0, correction=None)", "tidaldecode(4, start=0, correction=None) | int8")
+    ]
     full, _ = extended(kvjax.policy("full"))
     for made_by in few:
         logits, cache = extended(made_by)
@@ -184,8 +187,9 @@ def test_a_layer_that_follows_nobody_says_so():
     ("text", "message"),
     [
         ("tidaldecode('64KiB')", "nothing is dropped"),
-        ("tidaldecode(64, start=3, correction=2)", "correction comes after it"),
-        ("tidaldecode(64, start=-1)", "start is not negative"),
+        ("tidaldecode(64, start=3, correction=2)", "correction comes after start=3"),
+        ("tidaldecode(64, correction=1.5)", "between 0 and 1"),
+        ("tidaldecode(64, start=-1)", "start is the number"),
         ("snapkv(0.5) | tidaldecode(64)", "must hold the same tokens"),
         ("tidaldecode(64) | kivi", "single tokens"),
         ("tidaldecode(64) | quest(64)", "Use one of the two"),
@@ -196,6 +200,24 @@ def test_refused(text, message):
         kvjax.parse_policy(text)
 
 
-def test_a_model_without_a_layer_to_follow_is_refused():
-    with pytest.raises(kvjax.PolicyError, match="this model has 2"):
-        kvjax.plan(policy(64, start=1), tiny.CONFIG, 48, jnp.float32)
+def test_roles_of_layers():
+    """In a model of 32 layers, layer 13 chooses anew as in the paper; in proportion in others."""
+
+    def roles(layers, **parts):
+        made_by = kvjax.policy("tidaldecode", 64, **parts)
+        return [made_by.role(i, layers).read for i in range(layers)]
+
+    choosing = lambda roles: [i for i, (does, _) in enumerate(roles) if does == "choose"]  # noqa: E731
+    assert choosing(roles(32)) == [2, 13] and choosing(roles(6)) == [2, 3] and choosing(roles(4)) == [2]
+    assert choosing(roles(32, correction=9)) == [2, 9] and choosing(roles(32, correction=None)) == [2]
+    assert [does for does, _ in roles(5)] == ["all", "all", "choose", "follow", "follow"]
+    assert [last for _, last in roles(5)] == [False] * 4 + [True]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"), [({"start": 1}, "Give a smaller start"), ({"start": 0}, "no full-attention layer 4")]
+)
+def test_a_model_without_the_layers_is_refused(parts, message):
+    made_by = policy(64, **{"correction": 4 if parts["start"] == 0 else None, **parts})
+    with pytest.raises(kvjax.PolicyError, match=message):
+        kvjax.plan(made_by, tiny.CONFIG, 48, jnp.float32)

@@ -87,6 +87,7 @@ def cake_prefill(
     tau1: float = 1.0,
     tau2: float = 1.0,
     gamma: float = 200.0,
+    width: int = 5,
     preferences: list[float] | None = None,
     **options,
 ) -> tuple[list[list[int]], list[np.ndarray]]:
@@ -107,7 +108,7 @@ def cake_prefill(
     seen: list[float] = []
     for layer, (q, k) in enumerate(layers):
         length = k.shape[1]
-        scores.append(cake_scores(q, k, window=window, gamma=gamma, **options))
+        scores.append(cake_scores(q, k, window=window, gamma=gamma, width=width, **options))
         kept.append(np.tile(np.arange(length), (len(k), 1)))
         if length <= size + window:
             continue

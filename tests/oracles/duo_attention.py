@@ -33,6 +33,8 @@ def gated_attention(
 def retrieval_heads(gates: np.ndarray, sparsity: float) -> np.ndarray:
     """Which heads keep everything: those whose gate is at least the quantile `sparsity` of all layers' gates.
 
+    The authors add noise below 1e-6 to part equal gates; here a little that falls from head to head does.
+
     Args:
       gates: [L, Hk].
       sparsity: Part of the heads that stream; from 1 on all do, up to 0 none.
@@ -42,7 +44,8 @@ def retrieval_heads(gates: np.ndarray, sparsity: float) -> np.ndarray:
     """
     if sparsity >= 1:
         return np.zeros(gates.shape, bool)
-    return np.asarray(gates) >= (-1 if sparsity <= 0 else np.quantile(gates, sparsity))
+    parted = np.asarray(gates) - 1e-9 * np.arange(np.size(gates)).reshape(np.shape(gates))
+    return parted >= (-1 if sparsity <= 0 else np.quantile(parted, sparsity))
 
 
 def duo_kept(retrieval: np.ndarray, length: int, *, sinks: int, recent: int) -> list[np.ndarray]:

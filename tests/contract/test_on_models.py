@@ -1,0 +1,108 @@
+"""The contract on trained models: the house model (4 KV heads, 6 layers) and Gemma 3 270M (1 KV head, 3 full-attention
+layers among sliding ones). Real text, two prompts of different length, every method and the compositions across kinds.
+
+`test_contract.py` asks more of every method, on a random model; here is what trained weights could break.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import kvjax
+from kvjax.cache.types import tree_nbytes
+from kvjax.checkpoints.orbax import load_cache, save_cache
+from kvjax.training.locret import init_retaining_heads, with_retaining_heads
+from tests.tiny import assert_trees_equal
+
+TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
+LENGTHS, ASKED, EVERYTHING = np.array([208, 150], np.int32), 6, 4096
+COMPOSITIONS = ("adakv(0.5) | kivi(bits=4, residual=32)", "cake(0.5) | think(0.4)", "minicache | int4")
+NAMES = [*kvjax.methods(), *COMPOSITIONS]
+# Parameters that fit prompts of two hundred tokens, for methods that have them.
+FIT = {
+    "budget": 0.5,
+    "residual": 32,
+    "sparse": 64,
+    "rank": 32,
+    "outliers": 4,
+    "stabilizers": 0.4,
+    "local": 16,
+    "dense": 0,
+    "start": 0,
+    "correction": None,
+}
+CHUNKED = {"locret": 96}
+SAME = 2e-3  # Of logits around 20: another order of the same float32 sums, through 18 layers.
+
+
+def policy_of(name: str, **changes) -> kvjax.Policy:
+    if name in COMPOSITIONS:
+        return kvjax.parse_policy(name)
+    method = kvjax.methods()[name]
+    fit = {key: value for key, value in FIT.items() if key in method.parameters}
+    if name in CHUNKED:
+        fit["chunk"] = CHUNKED[name]
+    return kvjax.policy(name, **{**method.example, **fit, **changes})
+
+
+@pytest.fixture(scope="module", params=["tiny", pytest.param("gemma3-270m", marks=pytest.mark.slow)])
+def model(request) -> kvjax.Model:
+    """With retaining heads, trained or not: what is asked here holds for any."""
+    model = request.getfixturevalue("gemma") if request.param == "gemma3-270m" else kvjax.load("tiny")
+    if "trained" in model.params["layers"][0]:
+        return model
+    heads = init_retaining_heads(model.config, jax.random.key(0), hidden=32)
+    return kvjax.Model(with_retaining_heads(model.params, model.config, heads), model.config, model.tokenizer)
+
+
+def text(model: kvjax.Model) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts [2, 208] int32, two passages, and what follows each [2, 6]."""
+    assert model.tokenizer is not None
+    ids = model.tokenizer.encode(TEXT, add_bos=False)
+    passages = [ids[:300], ids[600:900]]
+    prompts = [[model.tokenizer.bos_id, *passage[: LENGTHS.max() - 1]] for passage in passages]
+    after = [passage[n - 1 : n - 1 + ASKED] for passage, n in zip(passages, LENGTHS, strict=True)]
+    return np.asarray(prompts, np.int32), np.asarray(after, np.int32)
+
+
+def ask(model: kvjax.Model, policy: kvjax.Policy, cache: kvjax.Cache, question: np.ndarray):
+    logits, cache = kvjax.extend(model.params, model.config, policy, cache, question)
+    return np.asarray(logits), cache
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_contract(model, name, tmp_path):
+    policy, (tokens, question) = policy_of(name), text(model)
+    params, config = model.params, model.config
+    logits, cache = kvjax.prefill_logits(params, config, policy, tokens, LENGTHS)
+
+    # Bytes are those of the leaves, and fewer than the full cache's where the method saves any.
+    assert cache.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) == tree_nbytes(cache)
+    assert np.isfinite(np.asarray(logits)).all()
+
+    # One prefill feeds many policies, with the same bits.
+    if not policy.in_chunks:
+        observed = kvjax.observe(params, config, tokens, LENGTHS, policy.needs)
+        assert_trees_equal(kvjax.compress(kvjax.plan(policy, config, LENGTHS, params["embed"].dtype), observed), cache)
+
+    # A row alone is the same row, before and after more tokens.
+    answers, after = ask(model, policy, cache, question)
+    alone = kvjax.prefill(params, config, policy, tokens[1:, : LENGTHS[1]])
+    found, _ = ask(model, policy, alone, question[1:])
+    tolerance = SAME if policy.store is None and policy.transform is None else 50 * SAME
+    np.testing.assert_allclose(found[0], answers[1], atol=tolerance)
+    assert np.asarray(after.seen).tolist() == (LENGTHS + ASKED).tolist()
+
+    # What comes back from the disk goes on alike.
+    save_cache(tmp_path / "cache", cache)
+    np.testing.assert_array_equal(ask(model, policy, load_cache(tmp_path / "cache"), question)[0], answers)
+
+
+@pytest.mark.parametrize("name", [name for name in kvjax.methods() if "budget" in kvjax.methods()[name].parameters])
+def test_a_budget_of_everything_is_full_attention(model, name):
+    policy, full, (tokens, question) = policy_of(name, budget=EVERYTHING), kvjax.policy("full"), text(model)
+    caches = [kvjax.prefill(model.params, model.config, p, tokens, LENGTHS) for p in (policy, full)]
+    found, want = (ask(model, p, cache, question)[0] for p, cache in zip((policy, full), caches, strict=True))
+    np.testing.assert_allclose(found, want, atol=SAME)
