@@ -8,7 +8,8 @@ Every check is a process of its own, so that one that aborts says nothing about 
   stream    the same again, but the whole array crosses the link: what is left to do where `loop` fails;
   cache     a prompt is compressed: values are in pinned_host, all else on the device; rows and Orbax keep them there;
   extend    a question on that cache equals the same with everything on the device;
-  decode    32 tokens from it are those from the device-resident cache; bytes per memory kind; time per step of both.
+  decode    32 tokens from it are those from the device-resident cache; bytes per memory kind; time per step of both;
+  whole     the same where a layer's values cross the link whole (`host_gather=False`), should the host not gather.
 
 Options: --context, --batch, --heads and --layers (of a random model) set the size; --checks runs only some.
 On a CPU, whose memory is the host's, values are moved to pinned_host by hand, which checks all but the link.
@@ -24,7 +25,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-CHECKS = ("device", "gather", "loop", "stream", "cache", "extend", "decode")
+CHECKS = ("device", "gather", "loop", "stream", "cache", "extend", "decode", "whole")
 
 
 def main() -> int:
@@ -147,7 +148,7 @@ def arrays(options: argparse.Namespace) -> Any:
     return x, jax.random.randint(jax.random.key(1), (*shape[:2], min(256, number)), 0, number)
 
 
-def prepared(options: argparse.Namespace) -> Any:
+def prepared(options: argparse.Namespace, **parameters: Any) -> Any:
     """A random model, its policy and prompt, and the cache: values on the host, and everything on the device."""
     import jax
     import jax.numpy as jnp
@@ -175,7 +176,7 @@ def prepared(options: argparse.Namespace) -> Any:
     )
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     params = kvjax.init_params(config, jax.random.key(0), dtype)
-    policy = kvjax.policy("shadowkv", options.context // 16, outliers=options.context // 512)
+    policy = kvjax.policy("shadowkv", options.context // 16, outliers=options.context // 512, **parameters)
     shape = (options.batch, options.context)
     tokens = jax.random.randint(jax.random.key(2), shape, 2, config.vocab_size)
     cache = kvjax.prefill(params, config, policy, tokens)
@@ -240,13 +241,21 @@ def check_extend(options: argparse.Namespace) -> None:
 
 
 def check_decode(options: argparse.Namespace) -> None:
+    decode(options)
+
+
+def check_whole(options: argparse.Namespace) -> None:
+    decode(options, host_gather=False)
+
+
+def decode(options: argparse.Namespace, **parameters: Any) -> None:
     import jax
     import numpy as np
 
     import kvjax
     from kvjax.cache import memory_nbytes
 
-    params, config, policy, tokens, host, device = prepared(options)
+    params, config, policy, tokens, host, device = prepared(options, **parameters)
     config = dataclasses.replace(config, eos_ids=())
     question = tokens[:, :1]
     print(f"bytes: {memory_nbytes(host)}; all on the device: {memory_nbytes(device)}")

@@ -38,6 +38,8 @@ class FarChunks(Layer):
       length: Length of the prompt [B] int32: embeddings that depend on it rotate rebuilt keys as they were.
       most: The largest of `reads`.
       scale: Of the landmarks' logits; 0 for the layer's own.
+      host_gather: Whether the host gathers what one query reads, so that nothing else crosses the link; otherwise all
+        values of the layer cross it, and are gone after the step.
     """
 
     u: Array
@@ -50,6 +52,7 @@ class FarChunks(Layer):
     length: Array
     most: int = static()
     scale: float = static(default=0.0)
+    host_gather: bool = static(default=True)
 
     @property
     def size(self) -> int:
@@ -107,7 +110,7 @@ class FarChunks(Layer):
         if one:  # Only what is chosen is rebuilt and fetched.
             index, counts = index[:, :, 0], counts[:, :, 0]
             chunks = jnp.where(counts, jnp.take_along_axis(self.chunks, index, -1), EMPTY)
-            v = fetch(self.v, index)
+            v = fetch(self.v if self.host_gather else to_device(self.v), index)
         else:  # Many queries: all chunks once for all of them, and each sees those that it has chosen.
             chunks, v = self.chunks, to_device(self.v)
         pos = self._positions(chunks)
@@ -136,6 +139,7 @@ def far_and_near(
     most: int,
     length: Array,
     scale: float = 0.0,
+    host_gather: bool = True,
 ) -> Layer:
     """A prompt as `FarChunks` and, exactly, what they would describe badly or what is new.
 
@@ -149,6 +153,7 @@ def far_and_near(
       reads, most: Chunks that a query reads [B] int32, and the largest of them.
       length: Tokens of the prompts [B] int32.
       scale: Of the landmarks' logits; 0 for the layer's own.
+      host_gather: See `FarChunks`.
     """
     batch, heads, slots, dim = k.shape
     held = jnp.broadcast_to(pos != EMPTY, (batch, heads, slots))
@@ -182,6 +187,7 @@ def far_and_near(
                 length=length,
                 most=min(most, number),
                 scale=scale,
+                host_gather=host_gather,
             ),
             Slots(
                 k=take_slots(k, near),

@@ -33,7 +33,7 @@ class Shadow(Store):
 
     Attributes:
       sparse: Tokens that a step reads of what is not exact, in whole chunks; a ratio is of the prompt.
-      rank, chunk, local, outliers: See `shadowkv`.
+      rank, chunk, local, outliers, host_gather: See `shadowkv`.
       landmark_scale: Of the landmarks' logits; 0 for the model's own.
     """
 
@@ -43,6 +43,7 @@ class Shadow(Store):
     local: int = 4
     outliers: int = 48
     landmark_scale: float = 0.0
+    host_gather: bool = True
     needs = Needs(raw_keys=True)
 
     def __post_init__(self):
@@ -76,6 +77,7 @@ class Shadow(Store):
             most=max(int(whole(self.sparse.mean(longest))) // self.chunk, 1),
             length=about.obs.length,
             scale=self.landmark_scale,
+            host_gather=self.host_gather,
         )
 
     def check(self, config: Any) -> None:
@@ -94,6 +96,7 @@ def shadowkv(
     local: int = 4,
     outliers: int = 48,
     landmark_scale: float = 0.0,
+    host_gather: bool = True,
 ) -> Policy:
     """Keeps low-rank keys and chunk landmarks on the device and values on the host; a step rebuilds what it reads.
 
@@ -104,6 +107,8 @@ def shadowkv(
       local: Chunks at the end of the prompt that stay exact.
       outliers: Chunks per head that stay exact because their landmark describes them worst.
       landmark_scale: Multiplier of the landmarks' logits; 0 for the model's.
+      host_gather: Whether the host gathers the values that a step reads, so that only these cross the link; False moves
+        a layer's values whole, for backends that cannot compute on their host.
     """
-    store = Shadow(Budget.of(sparse), rank, chunk, local, outliers, landmark_scale)
+    store = Shadow(Budget.of(sparse), rank, chunk, local, outliers, landmark_scale, host_gather)
     return Policy(store=store)

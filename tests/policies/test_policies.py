@@ -37,6 +37,7 @@ def plan(policy, lengths, config=CONFIG, dtype=jnp.float32):
         ("2MB", Budget(bytes=2_000_000)),
         ("1.5 GiB", Budget(bytes=3 * 2**29)),
         ("100B", Budget(bytes=100)),
+        ("12.5 %B", Budget(size=0.125)),
         (Budget(tokens=3), Budget(tokens=3)),
     ],
 )
@@ -50,6 +51,7 @@ def test_a_budget_is_what_people_write(value, budget):
     [
         (1.5, "between 0 and 1; got 1.5. For tokens give an int"),
         ("150%", "between 0 and 1"),
+        ("150%B", "A size is the part that is kept, between 0 and 1"),
         (0, "must be positive"),
         (-3, "must be positive"),
         (0.0, "must be positive"),
@@ -186,7 +188,7 @@ REFUSED = [
     ("snapkv(0.5, window=0)", "window must be positive"),
     ("pyramidkv(0.5, beta=0.5)", "beta must be at least 1, got 0.5"),
     ("h2o(0.5, recent=1.5)", "recent is a share below 1 or a number"),
-    ("tova(0.5, phase='never')", 'A phase is "prompt" or "step", got \'never\''),
+    ("tova(0.5, phase='never')", 'A phase is "prompt", "step" or "chunk", got \'never\''),
     ("tova(0.5, every=0)", "every must be at least 1"),
     ("streaming_llm(0.5, sinks=-1)", "sinks must not be negative"),
     ("kivi(bits=3)", "kivi: bits must be 2, 4 or 8, got 3"),
@@ -202,7 +204,7 @@ REFUSED = [
     ("streaming_llm(0.5) | kivi", "packs groups of tokens"),
     ("snapkv(0.5) | window(0.25)", "goes by the order of tokens.*follows an eviction.*use one of the two"),
     ("snapkv(0.5) | chunkkv(0.25)", "goes by the order of tokens.*chunks of neighbours.*use one of the two"),
-    ("h2o(0.5) | snapkv(0.25)", "goes on acting while decoding is followed by another.*must come last"),
+    ("h2o(0.5) | snapkv(0.25)", "acts while tokens are added is followed by another.*must come last"),
     ("window(64) | snapkv(32)", "must come last"),
     (
         "snapkv(0.25) | knorm(0.25)",
@@ -247,7 +249,7 @@ def test_a_score_that_cannot_be_kept_up_is_refused():
         ("pyramidkv(0.1, window=16)", 100, "needs at least 16"),
         ("knorm(0.005)", 100, "leaves 0 of 100 tokens"),
         ("knorm('1KiB')", 100, r"1024 bytes are too few: .* 1 slots in each of the others take \d+"),
-        ("kivi(group=32)", 100, "groups of 32 channels.*head_dim is 16. Choose a group that divides it"),
+        ("kivi(group=32)", 100, "groups of 32 channels.*values have 16 channels. Choose a group that divides it"),
         ("int4(group=12)", 100, "groups of 12 need a head_dim"),
     ],
 )
@@ -256,24 +258,37 @@ def test_refused_when_it_is_planned(text, length, message):
         plan(text, length)
 
 
+def capacities(planned):
+    return tuple(place.capacities for place in planned.places)
+
+
+def test_a_size_is_a_part_of_the_full_cache():
+    full = abstract_cache(plan("full", 100), CONFIG, 1, jnp.float32).nbytes
+    for text in ("knorm('60%B')", "cake('60%B', window=4)", "h2o('60%B')"):
+        cache = abstract_cache(plan(text, 100), CONFIG, 1, jnp.float32)
+        assert 0.5 * full < cache.nbytes <= 0.6 * full, text
+    with pytest.raises(kvjax.PolicyError, match="bytes are too few"):
+        plan("knorm('1%B')", 100)
+
+
 def test_a_model_without_full_layers_is_refused():
     sliding = dataclasses.replace(CONFIG, layer_types=("sliding",) * 3)
     with pytest.raises(kvjax.PolicyError, match="compresses full-attention layers, and llama has none. Use 'full'"):
         plan("snapkv(0.5)", 100, sliding)
-    assert plan("full", 100, sliding).capacities == ()
+    assert plan("full", 100, sliding).places == ()
 
 
 def test_a_short_prompt_needs_no_budget():
     """The floor counts only where tokens would have to go."""
-    assert plan("snapkv(64, window=32)", [8, 100]).capacities == ((64,), (64,))
-    assert plan("snapkv(64)", 8).capacities == ((8,), (8,))
-    assert plan("streaming_llm(64)", 8).capacities == ((64,), (64,))  # A ring grows to its size later.
+    assert capacities(plan("snapkv(64, window=32)", [8, 100])) == ((64,), (64,))
+    assert capacities(plan("snapkv(64)", 8)) == ((8,), (8,))
+    assert capacities(plan("streaming_llm(64)", 8)) == ((64,), (64,))  # A ring grows to its size later.
 
 
 def test_every_row_has_its_own_slots():
     lengths = np.array([100, 48, 7])
     planned = plan("knorm(0.5) | keydiff(0.25)", lengths)
-    assert planned.capacities == ((50, 25), (50, 25)) and planned.length == 100
+    assert capacities(planned) == ((50, 25), (50, 25)) and planned.length == 100
     slots = np.asarray(planned.slots(jnp.asarray(lengths)))
     assert slots.tolist() == [[[50, 24, 3], [25, 12, 1]]] * 2  # [layers, stages, B]
     assert np.asarray(plan("knorm(20)", lengths).slots(jnp.asarray(lengths)))[0, 0].tolist() == [20, 20, 7]
