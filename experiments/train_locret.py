@@ -7,7 +7,8 @@ and answer look at. A run that was stopped goes on where it was. Then contexts t
 chunk, each chunk evicting, and asked for a needle afterwards, beside other policies with as many slots. Writes `heads`
 (Orbax; `kvjax.training.locret.load_retaining_heads` reads it), `model`, which is the model with its heads, so that
 `kvjax compare --model results/locret_tiny/model --policies "full; locret(0.25, chunk=128, local=16, stabilizers=0.4)"`
-works, `loss.png`, the run (checkpoints, log) and `table.md`.
+works, `trained.safetensors`, which a Hugging Face folder of the same model may hold, `loss.png`, the run (checkpoints,
+log) and `table.md`. The heads of the house model are from `--hidden 64 --length 1000 --steps 160`.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import numpy as np
 
 import kvjax
 from kvjax.checkpoints.orbax import save_params
+from kvjax.checkpoints.trained import save_trained
 from kvjax.evaluation import Settings, check, make_cases, make_task, resolved_config, run
 from kvjax.training import read_log
 from kvjax.training.locret import Examples, save_retaining_heads, train_retaining_heads, with_retaining_heads
@@ -28,9 +30,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 
-def make_examples(model: kvjax.Model, length: int, count: int, seed: int) -> list[Examples]:
-    """Contexts, each with a question and its answer behind it, padded to one length."""
-    samples = make_task("needle", context=length, count=count, seed=seed).samples(model)
+def make_examples(model: kvjax.Model, length: int, keys: int, count: int, seed: int) -> list[Examples]:
+    """Contexts with so many needles, a question for one and its answer behind each, padded to one length."""
+    contexts = -(-count // keys)
+    samples = make_task("needle", context=length, count=contexts, needles=keys, seed=seed).samples(model)[:count]
     whole = [(*sample.context_ids, *sample.question_ids, *sample.answers[0]) for sample in samples]
     width = max(map(len, whole))
     return [
@@ -59,7 +62,7 @@ def compare(model: kvjax.Model, policies: tuple[kvjax.Policy, ...], args: argpar
     """A table of answered needles, the question asked after compression."""
     folder = args.out / "needles"
     folder.mkdir(exist_ok=True)
-    task = make_task("needle", context=args.length, count=args.needles)
+    task = make_task("needle", context=args.length, count=args.needles // args.keys, needles=args.keys)
     settings = Settings(policies=policies, protocol="agnostic", speed=False)
     cases = make_cases(task, task.samples(model), settings)
     check(model, cases, settings)
@@ -78,6 +81,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--out", type=Path, default=Path("results/locret"))
     parser.add_argument("--length", type=int, default=1024, help="tokens of a context")
+    parser.add_argument("--keys", type=int, default=4, help="needles of a context")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--rate", type=float, default=2e-3)
@@ -90,7 +94,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     model = kvjax.load(args.model)
-    examples = make_examples(model, args.length, args.steps, seed=1)  # Questions below are of seed 0.
+    examples = make_examples(model, args.length, args.keys, args.steps, seed=1)  # Questions below are of seed 0.
     heads = train_retaining_heads(
         model.params,
         model.config,
@@ -104,6 +108,7 @@ def main() -> None:
     save_retaining_heads(args.out / "heads", heads, overwrite=True)
     plot(args.out)
     model = kvjax.Model(with_retaining_heads(model.params, model.config, heads), model.config, model.tokenizer)
+    save_trained(args.out, model.params, model.config)
     save_params(args.out / "model", model.params, model.config, model.tokenizer, overwrite=True)
     policies = [kvjax.policy("full")]
     for budget in map(float, args.budgets.split(",")):

@@ -3,7 +3,7 @@
 from kvjax.cache.by_head import ByHead as ByHead
 from kvjax.cache.codec import Packed as Packed, Plain as Plain, Scaled as Scaled
 from kvjax.cache.demoting import Demoting as Demoting
-from kvjax.cache.gear import GearSlots as GearSlots, Recipe as Recipe, make_gear as make_gear
+from kvjax.cache.gear import GearRecipe as GearRecipe, GearSlots as GearSlots, make_gear as make_gear
 from kvjax.cache.grouped import GroupedSlots as GroupedSlots, make_grouped as make_grouped
 from kvjax.cache.host import memory_nbytes as memory_nbytes
 from kvjax.cache.layer import Layer as Layer, Mark as Mark

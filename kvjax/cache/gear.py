@@ -24,7 +24,7 @@ from kvjax.kernels.attention import dot_keys, dot_values, fold
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
+class GearRecipe:
     """How blocks are compressed; a static argument.
 
     Attributes:
@@ -174,7 +174,7 @@ def power_iteration(error: Array, start: Array, loops: int) -> tuple[Array, Arra
     return left, right
 
 
-def compress_block(x: Array, held: Array, recipe: Recipe, start: Array, keys: bool) -> Blocks:
+def compress_block(x: Array, held: Array, recipe: GearRecipe, start: Array, keys: bool) -> Blocks:
     """One block (N = 1) of keys or values.
 
     Args:
@@ -242,7 +242,7 @@ class GearSlots(Layer):
     k_buffer: Array
     v_buffer: Array
     pos: Array
-    recipe: Recipe = static()
+    recipe: GearRecipe = static()
 
     @property
     def first(self) -> int:
@@ -340,7 +340,7 @@ class GearSlots(Layer):
         return dataclasses.replace(self, k=k, v=v, pos=jnp.concatenate([wide, self.pos[..., split:]], -1))
 
 
-def _empty(x: Array, recipe: Recipe, start: Array, keys: bool) -> Blocks:
+def _empty(x: Array, recipe: GearRecipe, start: Array, keys: bool) -> Blocks:
     """No blocks (N = 0) of the buffer's size."""
     shape = jax.ShapeDtypeStruct((*x.shape[:2], recipe.buffer, x.shape[3]), x.dtype)
     held = jax.ShapeDtypeStruct((x.shape[0], recipe.buffer), jnp.bool_)
@@ -348,7 +348,7 @@ def _empty(x: Array, recipe: Recipe, start: Array, keys: bool) -> Blocks:
     return jax.tree.map(lambda leaf: jnp.zeros((*leaf.shape[:2], 0, *leaf.shape[3:]), leaf.dtype), block)
 
 
-def make_gear(k: Array, v: Array, pos: Array, recipe: Recipe) -> GearSlots:
+def make_gear(k: Array, v: Array, pos: Array, recipe: GearRecipe) -> GearSlots:
     """Compresses a prompt.
 
     Args:

@@ -34,8 +34,8 @@ def fetch(x: Array, index: Array) -> Array:
     if not on_host(x):
         return _gather(x, index)
     # Nothing but the gather: in this space every operand must be the host's, constants included.
-    there = run_on(_gather, compute_type="device_host", out_memory_spaces=HOST)
-    return jax.device_put(there(x, jax.device_put(index, HOST)), DEVICE)
+    there = run_on(_gather, compute_type="device_host", out_memory_spaces=DEVICE)
+    return there(x, jax.device_put(index, HOST))
 
 
 def to_device(x: Array) -> Array:

@@ -17,6 +17,7 @@ from kvjax.checkpoints import gguf, huggingface
 from kvjax.checkpoints.check import CheckpointError as CheckpointError
 from kvjax.checkpoints.packaged import BUNDLED, PACKAGES, packaged_gguf
 from kvjax.checkpoints.tokenizer import Tokenizer as Tokenizer
+from kvjax.checkpoints.trained import save_trained as save_trained, with_trained
 from kvjax.models.config import Config
 
 
@@ -42,11 +43,11 @@ def load_checkpoint(
     if path.is_file() or path.is_dir():
         return _load_path(path, dtype)
     if name in BUNDLED:
-        return huggingface.load(BUNDLED[name], _or_default(dtype))
+        return _load_folder(BUNDLED[name], dtype)
     if name in PACKAGES:
         return gguf.load(packaged_gguf(name), _or_default(dtype))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.suffix == ".gguf":
-        return huggingface.load(_download(name), _or_default(dtype))
+        return _load_folder(_download(name), dtype)
     raise CheckpointError(_unknown(name, path))
 
 
@@ -57,6 +58,12 @@ def default_dtype() -> Any:
 
 def _or_default(dtype: Any) -> Any:
     return default_dtype() if dtype is None else dtype
+
+
+def _load_folder(folder: pathlib.Path, dtype: Any) -> tuple[dict[str, Any], Config, Tokenizer | None]:
+    """A Hugging Face folder, with what methods have trained for its model if it holds that too."""
+    params, config, tokenizer = huggingface.load(folder, _or_default(dtype))
+    return with_trained(params, config, folder), config, tokenizer
 
 
 def _load_path(path: pathlib.Path, dtype: Any) -> tuple[dict[str, Any], Config, Tokenizer | None]:
@@ -72,7 +79,7 @@ def _load_path(path: pathlib.Path, dtype: Any) -> tuple[dict[str, Any], Config, 
         cast = params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         return cast, config, tokenizer
     if (path / "config.json").is_file():
-        return huggingface.load(path, _or_default(dtype))
+        return _load_folder(path, dtype)
     if files := sorted(path.glob("*.gguf")):
         raise CheckpointError(f"{path} is a folder with GGUF files; name one, for example {files[0]}.")
     raise CheckpointError(

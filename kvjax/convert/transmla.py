@@ -11,7 +11,8 @@ Three steps make the latent small (section 4):
 
 What is left per token and layer is `rope_dim + rank` numbers in place of `2 * num_kv_heads * head_dim`. Decoding is
 absorbed: up projections are applied to queries and outputs, never to the cache, so every policy and every slot codec
-works on the latent cache as on that of a model with one KV head.
+works on the latent cache as on that of a model with one KV head. Layouts that write keys and values in different ways
+(KIVI, GEAR, MiKV) hold the latent twice, once as each.
 
 Step 1 alone is exact with `rope_dim = num_kv_heads * rotary_dim` and `freqfold = 1`; steps 2 and 3 are exact with the
 largest rank, `2 * num_kv_heads * head_dim - rope_dim`. Every family can be converted: biases are absorbed; channels

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 
 from kvjax.policies import Policy, SplitHeads, register
 
+PACKAGED = pathlib.Path(__file__).parent / "gates"
+
 
 @register(
     "DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads",
@@ -30,6 +32,7 @@ def duo_attention(
     Args:
       gates: A file with a line of numbers for every full-attention layer, one for each KV head, as
         `kvjax.training.duo.save_gates` writes and the authors publish (`full_attention_heads.tsv`); or the numbers.
+        "tiny" are those of the house model (trained by `experiments/train_duo.py`).
         "even" is an untrained pattern for any model, to compare with: heads of both kinds take turns.
       retrieval: Part of all layers' KV heads that keep everything (paper: half with grouped queries, else a quarter).
       sinks: First tokens of a ring that stay.
@@ -48,16 +51,18 @@ def duo_attention(
     return Policy(stages=(SplitHeads(gates=numbers, sparsity=1 - retrieval, sinks=sinks, recent=recent),))
 
 
-def read_gates(path: str) -> tuple[tuple[float, ...], ...]:
-    """Lines of numbers.
+def read_gates(name: str) -> tuple[tuple[float, ...], ...]:
+    """Lines of numbers, of a file or of gates that come with kvjax.
 
     Raises:
       ValueError: There is no such file, or it holds something else.
     """
+    packaged = PACKAGED / f"{name}.tsv"
     try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
+        path = packaged if packaged.is_file() else pathlib.Path(name)
+        lines = path.read_text(encoding="utf-8").split("\n")
         return tuple(tuple(float(word) for word in line.split()) for line in lines if line.strip())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"cannot read gates from {path!r}: {error}. Train some with kvjax.training.duo, or give 'even'."
+            f"cannot read gates from {name!r}: {error}. Train some with kvjax.training.duo, or give 'even'."
         ) from None

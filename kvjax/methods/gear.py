@@ -10,23 +10,24 @@ precision. Differs from the authors' code: the outliers of a key channel are a s
 code takes as many as for a value, however many tokens there are), so blocks shorter than 2 / sparsity tokens have none;
 codes use all 2^bits levels; the power iteration starts from the same numbers for every row and block; groups of values
 end with the head. D + S is not rounded to float16 before its error is taken, but scales, zeros, outliers and factors
-are stored in it, and codes are found for the scale as it is stored. A number just between two codes may go either way:
-on the recorded inputs one code in a thousand.
+are stored in it, and codes are found for the scale as it is stored. A number just between two codes may go either way
+(on the recorded inputs one in four thousand); what it changes spreads through the low-rank matrix, so that 99.6 % of
+all numbers or more are within 1e-3 of the recorded ones, 98.3 % where factors are stored in float16.
 """
 
 import dataclasses
 from typing import Any
 
-from kvjax.cache import GearSlots, Recipe, make_gear
+from kvjax.cache import GearRecipe, GearSlots, make_gear
 from kvjax.cache.packing import codes_per_word
 from kvjax.policies import Built, Policy, Prompt, Store, register
 
 
 @dataclasses.dataclass(frozen=True)
 class Gear(Store):
-    """Blocks of backbone, outliers and low-rank error. See `cache.gear.Recipe`."""
+    """Blocks of backbone, outliers and low-rank error. See `cache.gear.GearRecipe`."""
 
-    recipe: Recipe = Recipe()
+    recipe: GearRecipe = GearRecipe()
 
     def build(self, prompt: Prompt, about: Built) -> GearSlots:
         del about
@@ -44,7 +45,7 @@ class Gear(Store):
 
 
 @register(
-    "GEAR: An Efficient KV Cache Compression Recipe for Near-Lossless Generative Inference",
+    "GEAR: An Efficient KV Cache Compression GearRecipe for Near-Lossless Generative Inference",
     "https://arxiv.org/abs/2403.05527",
     bits=2,
 )
@@ -83,11 +84,11 @@ def gear(
         raise ValueError(f"ranks are two numbers from 0 to the {buffer} tokens of a block, got {ranks}.")
     if loops < 1:
         raise ValueError(f"The power iteration needs at least one loop, got {loops}.")
-    recipe = Recipe(
+    recipe = GearRecipe(
         bits=bits,
         group=group,
         sparsity=sparsity,
-        ranks=tuple(ranks),
+        ranks=(ranks[0], ranks[1]),
         loops=loops,
         buffer=buffer,
         dtype=scale_dtype,

@@ -9,6 +9,7 @@ import pytest
 import kvjax
 from kvjax.cache import EMPTY, Slots
 from kvjax.cache.types import tree_nbytes
+from kvjax.evaluation.tasks import library_text
 from kvjax.training.duo import save_gates
 from tests import tiny
 from tests.methods.layer import HEADS, KV_HEADS, compress, spec, step, tokens
@@ -135,6 +136,32 @@ def test_of_equal_gates_the_first_retrieve():
         (True, True, False, False),
         (True, False, True, False),
     ]
+
+
+def test_the_house_models_gates_know_which_heads_retrieve():
+    """A sixth of its heads keeps a number that is far behind; the sixth with the lowest gates does not."""
+    model = kvjax.load("tiny")
+    ring = {"sinks": 16, "recent": 64, "retrieval": 1 / 6}
+    gates = kvjax.policy("duo_attention", "tiny", **ring).stages[0].gates
+    opposite = [[1 - gate for gate in layer] for layer in gates]
+    text = library_text()
+    needle = "\nOne of the special magic numbers for Oslo is: 4071953.\n"
+    question = (
+        "\nWhat is the special magic number for Oslo mentioned in the provided text?\n"
+        "The special magic number for Oslo mentioned in the provided text is: "
+    )
+    prompt = text[1000:1800] + needle + text[1800:3000]
+    answers, sizes = [], []
+    for policy in (
+        kvjax.policy("full"),
+        kvjax.policy("duo_attention", "tiny", **ring),
+        kvjax.policy("duo_attention", opposite, **ring),
+    ):
+        cache = model.prefill(prompt, policy)
+        answers.append(model.generate(question, cache=cache, max_new_tokens=7))
+        sizes.append(cache.nbytes)
+    assert [answer == "4071953" for answer in answers] == [True, True, False]
+    assert max(sizes[1:]) < 0.4 * sizes[0] and sizes[1] == pytest.approx(sizes[2], rel=0.01)
 
 
 # Gates, and bad input

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax.cache import EMPTY, Recipe, make_gear, tree_nbytes
+from kvjax.cache import EMPTY, GearRecipe, make_gear, tree_nbytes
 from kvjax.cache.gear import compress_block as compress_block_eagerly
 from tests.methods.layer import KV_HEADS, compress, kept, spec
 from tests.methods.test_against_oracles import DIM, LENGTHS, STEPS, TOLERANCE, decode, prompt, rotated
@@ -90,7 +90,7 @@ def test_authors(side, name):
     data = golden("quantization_reading/gear")
     _, k, v = reading_inputs()
     x = k if side == "key" else v
-    recipe = Recipe(bits=2, group=32, sparsity=0.02 if name == "gear" else 0.0, ranks=(2, 2), dtype="float32")
+    recipe = GearRecipe(bits=2, group=32, sparsity=0.02 if name == "gear" else 0.0, ranks=(2, 2), dtype="float32")
     start = jnp.asarray(data[f"{name}_{side}_p_init"][0])
     block = compress_block(
         jnp.asarray(x, jnp.float32)[None], jnp.ones((1, 256), bool), recipe=recipe, start=start, keys=side == "key"
@@ -107,7 +107,7 @@ def test_authors_one_group(side):
     data = golden("quantization_reading/gear")
     _, k, v = reading_inputs()
     x = jnp.asarray(k if side == "key" else v, jnp.float32)[None]
-    recipe = Recipe(group=0, sparsity=0.0, ranks=(0, 0), dtype="float32")
+    recipe = GearRecipe(group=0, sparsity=0.0, ranks=(0, 0), dtype="float32")
     block = compress_block(x, jnp.ones((1, 256), bool), recipe=recipe, start=jnp.zeros((4, 64, 0)), keys=side == "key")
     errors = np.linalg.norm(block.read_back() - x, axis=-1)
     np.testing.assert_allclose(errors, data[f"kcvt_{side}_err_norm"], rtol=1e-3, atol=1e-5)
@@ -121,7 +121,7 @@ def test_every_part_repairs_something():
         x = jnp.asarray(x, jnp.float32)[None]
         errors = []
         for sparsity, rank in ((0.0, 0), (0.02, 0), (0.0, 4), (0.02, 4)):
-            recipe = Recipe(bits=2, group=32, sparsity=sparsity, ranks=(rank, rank))
+            recipe = GearRecipe(bits=2, group=32, sparsity=sparsity, ranks=(rank, rank))
             start = recipe.starts(4, (64, 64), rank)[0]
             errors.append(
                 float(jnp.linalg.norm(compress_block(x, held, recipe=recipe, start=start, keys=keys).read_back() - x))
@@ -136,7 +136,7 @@ def test_padding_changes_nothing(group):
     rng = np.random.default_rng(0)
     x = jnp.asarray(5 + rng.normal(size=(1, 2, 16, 16)), jnp.float32)  # Far from the zeros of an empty slot.
     padded = jnp.concatenate([x, jnp.full((1, 2, 32, 16), 1e4, jnp.float32)], 2)
-    recipe = Recipe(group=group, sparsity=0.3, ranks=(2, 2), buffer=16, dtype="float32")
+    recipe = GearRecipe(group=group, sparsity=0.3, ranks=(2, 2), buffer=16, dtype="float32")
     start = recipe.starts(2, (16, 16), 2)[0]
     for keys in (True, False):
         alone = compress_block(x, jnp.ones((1, 16), bool), recipe=recipe, start=start, keys=keys).read_back()
@@ -149,7 +149,7 @@ def test_padding_changes_nothing(group):
 def test_bytes_are_few():
     """Two bits, and what repairs them: a prompt of 1,024 tokens in less than a quarter of its bytes in 16 bits."""
     x, pos = jax.ShapeDtypeStruct((1, 2, 1024, 128), jnp.bfloat16), jax.ShapeDtypeStruct((1, 1, 1024), jnp.int32)
-    layer = jax.eval_shape(functools.partial(make_gear, recipe=Recipe()), x, x, pos)
+    layer = jax.eval_shape(functools.partial(make_gear, recipe=GearRecipe()), x, x, pos)
     buffers = 2 * layer.k_buffer.size * 2
     assert layer.blocks == 0 and tree_nbytes(layer) - buffers < 0.25 * 2 * 2 * x.size
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax.cache import EMPTY
+from kvjax.cache import EMPTY, Tiers
+from kvjax.cache.host import HOST, on_host
 from kvjax.cache.low_rank import FarChunks, far_and_near
 from kvjax.models.config import Rope
 from tests import tiny
@@ -160,6 +161,20 @@ def test_a_step_rebuilds_and_fetches_only_what_it_reads(rng):
     found, _ = step(kvjax.policy("shadowkv", 12, **SETTING), spec(DIM), poisoned, new)
     np.testing.assert_array_equal(found, want)
     assert unread.sum() == 2 * (far.chunks.shape[-1] - 3)
+
+
+def test_values_in_the_hosts_memory_give_the_same_bits(rng):
+    """Gathered by the host, or moved whole where it cannot compute."""
+    row = draw(rng, 60)
+    new, want = tokens([row[:3]], 47, 48), None
+    for host_gather in (True, False):
+        policy = kvjax.policy("shadowkv", 12, **SETTING, host_gather=host_gather)
+        far, near = prompts([row], [47], policy).reserve(1).tiers
+        for v in (far.v, jax.device_put(far.v, HOST)):
+            found, _ = step(policy, spec(DIM), Tiers(tiers=(dataclasses.replace(far, v=v), near)), new)
+            want = found if want is None else want
+            np.testing.assert_array_equal(found, want)
+            assert not on_host(found)
 
 
 def test_memory_of_the_device_is_a_small_part(rng):

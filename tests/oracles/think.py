@@ -46,10 +46,11 @@ def value_scores(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, window: int = 3
 
 
 def kept_channels(scores: np.ndarray, ratio: float) -> np.ndarray:
-    """True for the channels that stay, [Hk, D]: all but the int(ratio * D) lowest. Of equal ones the earlier goes."""
-    mask = np.ones(scores.shape, bool)
+    """True for the channels that stay, [Hk, D]: all but the int(ratio * D) lowest. Of equal ones the earlier stays."""
+    mask = np.zeros(scores.shape, bool)
+    dim = scores.shape[-1]
     for head, row in enumerate(scores):
-        mask[head, np.argsort(row, kind="stable")[: int(scores.shape[-1] * ratio)]] = False
+        mask[head, np.argsort(-row, kind="stable")[: dim - int(dim * ratio)]] = True
     return mask
 
 
