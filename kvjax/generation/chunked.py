@@ -67,7 +67,8 @@ def prefill_in_chunks(params: Params, config: Config, plan: Plan, tokens: Array,
     Returns:
       Hidden state [B, hidden] of each row's last token, and the cache.
     """
-    policy, stage, phase = plan.policy, plan.policy.stages[-1], plan.policy.stages[-1].phase
+    policy, phase = plan.policy, plan.policy.stages[-1].phase
+    stage: Any = policy.stages[-1]
     size, width = min(phase.every, tokens.shape[1]), tokens.shape[1]
     number = {layer: i for i, layer in enumerate(config.full_layers)}
     slots = plan.slots(lengths)[:, -1]
