@@ -38,28 +38,6 @@ QUESTION_LENGTHS = np.array([6, 4, 6, 1], np.int32)
 _ROWS = np.random.default_rng(1).permuted(np.tile(np.arange(2, 128, dtype=np.int32), (4, 1)), axis=1)
 TOKENS, QUESTION = _ROWS[:, :48], _ROWS[:, 48:54]
 
-# Parameters that make a method fit prompts of twenty tokens, where it has them.
-SMALL = {
-    "window": 4,
-    "chunk": 4,
-    "group": 16,
-    "residual": 16,
-    "buffer": 16,
-    "sparsity": 0.15,
-    "whole": 6,
-    "future": 8,
-    "score": "snapkv(window=4)",
-    "sparse": 12,
-    "rank": 4,
-    "local": 2,
-    "outliers": 1,
-    "stabilizers": 3,
-    "page": 4,
-    "start": 0,
-    "correction": None,
-    "dense": 0,
-}
-
 
 @functools.cache
 def params():
@@ -79,9 +57,8 @@ def model() -> kvjax.Model:
 def small(name: str, **changes) -> kvjax.Policy:
     """A method's typical policy, fit for short prompts; budgets are a half unless changed."""
     method = kvjax.methods()[name]
-    known = {**SMALL, "budget": 0.5}
-    fit = {key: value for key, value in known.items() if key in method.parameters}
-    return kvjax.policy(name, **{**method.example, **fit, **changes})
+    half = {"budget": 0.5} if "budget" in method.parameters else {}
+    return kvjax.policy(name, **{**method.example, **half, **method.small, **changes})
 
 
 def read_back(layer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -72,14 +72,15 @@ def transmla(
       batch: Rows of tokens that are worked on at once.
 
     Returns:
-      New params, one dict per layer, in the dtype of the old, and their config.
+      New params, one dict per layer, in the dtype of the old, and their config. What methods have trained on the old
+      keys (`params["layers"][i]["trained"]`) says nothing of the new ones and is left behind.
 
     Raises:
-      ValueError: The sizes do not fit the model, the model is already latent or holds trained parameters of a method,
-        or there are fewer tokens than the PCA has channels to find.
+      ValueError: The sizes do not fit the model, the model is already latent, or there are fewer tokens than the PCA
+        has channels to find.
     """
-    layers = layer_params(params, config)
-    _check(config, layers, rank, rope_dim, freqfold)
+    layers = [{name: x for name, x in old.items() if name != "trained"} for old in layer_params(params, config)]
+    _check(config, rank, rope_dim, freqfold)
     tokens = jnp.asarray(tokens, jnp.int32)
     rows = (
         jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
@@ -318,11 +319,9 @@ def _ropes(config: Config) -> set[Rope]:
     return {config.layer_rope(layer) for layer in range(config.num_layers)}
 
 
-def _check(config: Config, layers: Any, rank: int, rope_dim: int, freqfold: int | None) -> None:
+def _check(config: Config, rank: int, rope_dim: int, freqfold: int | None) -> None:
     if config.mla:
         raise ValueError("This model has latent attention already; convert the original with the sizes you want.")
-    if any("trained" in weights for weights in layers):
-        raise ValueError("Parameters that a method has trained on this model's keys do not fit others: train anew.")
     for rope in _ropes(config):
         least = max(rope.rotary_dim // max(rope_dim, 1), 1)
         if not Mla(rank, rope_dim).fits(rope) or rope_dim > config.num_kv_heads * rope.rotary_dim:

@@ -25,6 +25,7 @@ from kvjax.policies.score import WindowAttention
     "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM Inference",
     "https://arxiv.org/abs/2407.11550",
     budget=0.25,
+    small={"score": "snapkv(window=4)"},
 )
 def adakv(
     budget: Budget | int | float | str,

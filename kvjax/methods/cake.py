@@ -26,6 +26,7 @@ from kvjax.policies.score import SteadyAttention
     "CAKE: Cascading and Adaptive KV Cache Eviction with Layer Preferences",
     "https://arxiv.org/abs/2503.12491",
     budget=0.25,
+    small={"window": 4},
 )
 def cake(
     budget: Budget | int | float | str,

@@ -12,7 +12,12 @@ import dataclasses
 from kvjax.policies import Budget, Evict, Phase, Policy, TopChunks, parse_policy, register
 
 
-@register("ChunkKV: Semantic-Preserving KV Cache Compression", "https://arxiv.org/abs/2502.00299", budget=0.25)
+@register(
+    "ChunkKV: Semantic-Preserving KV Cache Compression",
+    "https://arxiv.org/abs/2502.00299",
+    budget=0.25,
+    small={"chunk": 4, "score": "snapkv(window=4)"},
+)
 def chunkkv(budget: Budget | int | float | str, *, score: str = "snapkv", chunk: int = 20) -> Policy:
     """Keeps whole chunks of neighbouring tokens, ranked by any other method's score.
 

@@ -16,6 +16,7 @@ from kvjax.policies.score import ExpectedAttention
     "Expected Attention: KV Cache Compression by Estimating Attention from Future Queries Distribution",
     "https://arxiv.org/abs/2510.00636",
     budget=0.5,
+    small={"future": 8},
 )
 def expected_attention(
     budget: Budget | int | float | str,

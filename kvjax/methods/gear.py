@@ -48,6 +48,7 @@ class Gear(Store):
     "GEAR: An Efficient KV Cache Compression GearRecipe for Near-Lossless Generative Inference",
     "https://arxiv.org/abs/2403.05527",
     bits=2,
+    small={"group": 16, "buffer": 16, "sparsity": 0.15},
 )
 def gear(
     bits: int = 2,

@@ -12,7 +12,12 @@ rounding is half to even. Differs from the authors' code: codes are found for th
 from kvjax.policies import Grouped, Policy, register
 
 
-@register("KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", "https://arxiv.org/abs/2402.02750", bits=2)
+@register(
+    "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache",
+    "https://arxiv.org/abs/2402.02750",
+    bits=2,
+    small={"group": 16, "residual": 16},
+)
 def kivi(bits: int = 2, *, group: int = 32, residual: int = 128, scale_dtype: str = "float16") -> Policy:
     """Packs keys per channel and values per token to 2, 4 or 8 bits; the newest tokens stay in full precision.
 

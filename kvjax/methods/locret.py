@@ -74,6 +74,7 @@ class RetainingHead:
     "Locret: Enhancing Eviction in Long-Context LLM Inference with Trained Retaining Heads",
     "https://arxiv.org/abs/2410.01805",
     budget=0.25,
+    small={"chunk": 4, "local": 2, "stabilizers": 3},
 )
 def locret(
     budget: Budget | int | float | str,

@@ -88,6 +88,7 @@ class TwoPrecisions(Store):
     "No Token Left Behind: Reliable KV Cache Compression via Importance-Aware Mixed Precision Quantization",
     "https://arxiv.org/abs/2402.18096",
     important=0.2,
+    small={"group": 16},
 )
 def mikv(
     important: Budget | int | float | str = 0.2,

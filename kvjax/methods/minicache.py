@@ -102,7 +102,9 @@ class MergeLayers(Transform):
 
 
 @register(
-    "MiniCache: KV Cache Compression in Depth Dimension for Large Language Models", "https://arxiv.org/abs/2405.14366"
+    "MiniCache: KV Cache Compression in Depth Dimension for Large Language Models",
+    "https://arxiv.org/abs/2405.14366",
+    small={"start": 0},
 )
 def minicache(*, start: int | float = 0.5, t: float = 0.6, gamma: float = 0.05, most: float = 0.05) -> Policy:
     """Merges the directions of keys and values of neighbouring layers, from the middle of the model on.

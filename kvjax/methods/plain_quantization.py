@@ -14,7 +14,7 @@ def int8() -> Policy:
     return Policy(store=Slotwise(Scaled("int8")))
 
 
-@register("FlexGen: group-wise round-to-nearest", "https://arxiv.org/abs/2303.06865")
+@register("FlexGen: group-wise round-to-nearest", "https://arxiv.org/abs/2303.06865", small={"group": 16})
 def int4(*, group: int = 64, scale_dtype: str = "float16") -> Policy:
     """4-bit integers, asymmetric, with a scale and a zero per token and group of channels.
 
@@ -25,7 +25,7 @@ def int4(*, group: int = 64, scale_dtype: str = "float16") -> Policy:
     return Policy(store=Slotwise(Packed(4, group, scale_dtype)))
 
 
-@register("FlexGen: group-wise round-to-nearest", "https://arxiv.org/abs/2303.06865")
+@register("FlexGen: group-wise round-to-nearest", "https://arxiv.org/abs/2303.06865", small={"group": 16})
 def int2(*, group: int = 32, scale_dtype: str = "float16") -> Policy:
     """2-bit integers, as int4: the plain rounding that KIVI has to beat.
 

@@ -19,6 +19,7 @@ from kvjax.policies.score import WindowAttention
     "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling",
     "https://arxiv.org/abs/2406.02069",
     budget=0.25,
+    small={"window": 4},
 )
 def pyramidkv(
     budget: Budget | int | float | str,

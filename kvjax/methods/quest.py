@@ -62,6 +62,7 @@ class TopPages(Read):
     "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference",
     "https://arxiv.org/abs/2406.10774",
     budget=0.25,
+    small={"page": 4, "dense": 0},
 )
 def quest(budget: Budget | int | float | str, *, page: int = 16, dense: int = 2) -> Policy:
     """Keeps everything; each query head reads the pages whose keys could match it best.

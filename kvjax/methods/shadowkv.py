@@ -86,7 +86,9 @@ class Shadow(Store):
 
 
 @register(
-    "ShadowKV: KV Cache in Shadows for High-Throughput Long-Context LLM Inference", "https://arxiv.org/abs/2410.21465"
+    "ShadowKV: KV Cache in Shadows for High-Throughput Long-Context LLM Inference",
+    "https://arxiv.org/abs/2410.21465",
+    small={"chunk": 4, "sparse": 12, "rank": 4, "local": 2, "outliers": 1},
 )
 def shadowkv(
     sparse: Budget | int | float | str = 2048,

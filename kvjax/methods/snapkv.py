@@ -16,7 +16,10 @@ from kvjax.policies.score import WindowAttention
 
 
 @register(
-    "SnapKV: LLM Knows What You are Looking for Before Generation", "https://arxiv.org/abs/2404.14469", budget=0.25
+    "SnapKV: LLM Knows What You are Looking for Before Generation",
+    "https://arxiv.org/abs/2404.14469",
+    budget=0.25,
+    small={"window": 4},
 )
 def snapkv(
     budget: Budget | int | float | str, *, window: int = 32, pool: int = 5, kind: Literal["avg", "max"] = "avg"

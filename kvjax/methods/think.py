@@ -96,7 +96,11 @@ def best_channels(scores: Array, ratio: float) -> Array:
     return jnp.sort(lax.top_k(scores, dim - int(dim * ratio))[1], -1).astype(jnp.int32)
 
 
-@register("ThinK: Thinner Key Cache by Query-Driven Pruning", "https://arxiv.org/abs/2407.21018")
+@register(
+    "ThinK: Thinner Key Cache by Query-Driven Pruning",
+    "https://arxiv.org/abs/2407.21018",
+    small={"window": 4, "whole": 6},
+)
 def think(ratio: float = 0.4, *, values: float = 0.0, whole: int = 32, window: int = 32) -> Policy:
     """Drops the key channels that the last queries barely use; goes with a policy that evicts at the end of the prompt.
 

@@ -78,6 +78,7 @@ class Followed(Read):
     "TidalDecode: Fast and Accurate LLM Decoding with Position Persistent Sparse Attention",
     "https://arxiv.org/abs/2410.05076",
     budget=0.25,
+    small={"start": 0, "correction": None},
 )
 def tidaldecode(budget: Budget | int | float | str, *, start: int = 2, correction: int | float | None = 0.4) -> Policy:
     """Keeps everything; most layers read only the tokens that a layer before them has found.

@@ -1,6 +1,6 @@
 """What every method must satisfy (DESIGN.md), over the whole registry and over compositions.
 
-A new method needs no line here: its typical parameters come from the registry, made small by `tests.tiny.SMALL`.
+A new method needs no line here: its typical parameters come from the registry, and so does what makes it small.
 Whether it equals its paper is the oracles' business (`tests/methods`); whether it gains anything, the evaluation's.
 """
 
@@ -55,6 +55,7 @@ COMPOSITIONS = {
 NAMES = [*kvjax.methods(), *COMPOSITIONS]
 # Of what is kept; some have a budget of what is read.
 BUDGETED = [name for name, method in kvjax.methods().items() if "budget" in method.parameters and small(name).stages]
+CHUNK = 4  # Of small policies that keep chunks.
 EVERYTHING = 4096  # Tokens: more than there ever are.
 ROWS = len(LENGTHS)
 ONE_CODE = 2.0  # In other shapes a last bit may differ, and with it the code of a number that lies between two.
@@ -166,7 +167,7 @@ def test_never_more_slots_than_asked(name, budget):
     assert (found >= np.minimum(stage.least, LENGTHS)).all()  # No layer below its floor.
     assert (found.sum(0) > 0.5 * tokens * layers).all()  # And a budget is there to be spent.
     for number, i in enumerate(CONFIG.full_layers):  # No slot that no row uses.
-        assert allocated(cache.layers[i]) - found[number].max() < tiny.SMALL["chunk"]
+        assert allocated(cache.layers[i]) - found[number].max() < CHUNK
     if stage.phase.when == "step":  # What goes on acting stays within its budget.
         after = extended(policy)[1]
         assert (counts(after).sum(0) <= np.maximum(tokens, budget) * layers).all()
@@ -182,7 +183,7 @@ def test_never_more_bytes_than_asked(name):
     cache = kvjax.prefill(tiny.trained(), CONFIG, small(name, budget=budget), TOKENS[:1])
     slot = 2 * 2 * 16 * 4 + 4 * 3  # One more token in one layer: keys and values of two heads, and its bookkeeping.
     # Tokens that come or go together: a chunk, or a page that any head may fill.
-    chunk = {"chunkkv": tiny.SMALL["chunk"], "adakv": Paged().page // CONFIG.num_kv_heads}.get(name, 1)
+    chunk = {"chunkkv": CHUNK, "adakv": Paged().page // CONFIG.num_kv_heads}.get(name, 1)
     tokens = cache.policy.stages[-1].budget.tokens
     assert tokens is not None
     # Capacities that depend on the data are rounded up, by an eighth at most; what that can cost is set aside.

@@ -14,37 +14,17 @@ import kvjax
 from kvjax.cache.types import tree_nbytes
 from kvjax.checkpoints.orbax import load_cache, save_cache
 from kvjax.training.locret import init_retaining_heads, with_retaining_heads
-from tests.tiny import assert_trees_equal
+from tests.tiny import assert_trees_equal, small
 
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
 LENGTHS, ASKED, EVERYTHING = np.array([208, 150], np.int32), 6, 4096
 COMPOSITIONS = ("adakv(0.5) | kivi(bits=4, residual=32)", "cake(0.5) | think(0.4)", "minicache | int4")
 NAMES = [*kvjax.methods(), *COMPOSITIONS]
-# Parameters that fit prompts of two hundred tokens, for methods that have them.
-FIT = {
-    "budget": 0.5,
-    "residual": 32,
-    "sparse": 64,
-    "rank": 32,
-    "outliers": 4,
-    "stabilizers": 0.4,
-    "local": 16,
-    "dense": 0,
-    "start": 0,
-    "correction": None,
-}
-CHUNKED = {"locret": 96}
 SAME = 2e-3  # Of logits around 20: another order of the same float32 sums, through 18 layers.
 
 
 def policy_of(name: str, **changes) -> kvjax.Policy:
-    if name in COMPOSITIONS:
-        return kvjax.parse_policy(name)
-    method = kvjax.methods()[name]
-    fit = {key: value for key, value in FIT.items() if key in method.parameters}
-    if name in CHUNKED:
-        fit["chunk"] = CHUNKED[name]
-    return kvjax.policy(name, **{**method.example, **fit, **changes})
+    return kvjax.parse_policy(name) if name in COMPOSITIONS else small(name, **changes)
 
 
 @pytest.fixture(scope="module", params=["tiny", pytest.param("gemma3-270m", marks=pytest.mark.slow)])
