@@ -5,7 +5,7 @@ A small MLP per layer, the retaining head, reads a token's queries, keys and val
 gives one number per KV head: the largest logit that the token will ever get (equation 2). Because that depends on
 nothing else, a long prompt can be fed in chunks, and after each of them only the best tokens stay (algorithm 1). The
 newest, the stabilizers, stay until the chunk after, and the last tokens of the prompt for good. The heads are trained
-once per model with everything else frozen: see `kvjax.training.locret`.
+once per model with everything else frozen: see `kvjax.training.locret`. The house model, "tiny", comes with its own.
 
 As in the authors' code: no stabilizers after the last chunk; the heads have no biases. Differs from the authors' code:
 tokens keep their positions in the text (the code rotates keys anew by their place in the cache); a budget counts the

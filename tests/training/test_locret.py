@@ -9,6 +9,7 @@ import pytest
 
 import kvjax
 from kvjax.checkpoints.orbax import load_params, save_params
+from kvjax.evaluation import make_task
 from kvjax.training import TrainingError
 from kvjax.training.locret import (
     Examples,
@@ -151,6 +152,21 @@ def test_a_trained_policy_keeps_what_the_answer_looks_at(trained):
         return float((jnp.exp(want) * (want - found)).sum(-1).mean())
 
     assert distance(caches["locret"]) < distance(caches["random"])
+
+
+@pytest.mark.slow
+def test_the_house_model_comes_with_heads_that_know_its_needles():
+    """If this fails after the model was trained anew, its heads have to be as well: experiments/train_locret.py."""
+    model = kvjax.load("tiny")
+    samples = make_task("needle", context=300, count=4, seed=5).samples(model)
+    assert len({len(sample.question_ids) + len(sample.answers[0]) for sample in samples}) == 1
+    rows = jnp.asarray([[*s.context_ids, *s.question_ids, *s.answers[0]] for s in samples], jnp.int32)
+    batch = Examples(rows, jnp.full(4, 300, jnp.int32), jnp.full(4, rows.shape[1], jnp.int32))
+    evaluate = jax.jit(functools.partial(retaining_loss, config=model.config))
+    shipped = tuple(layer["trained"]["locret"] for layer in model.params["layers"])
+    found = evaluate(shipped, model.params, examples=batch)[1]
+    other = evaluate(shipped[1:] + shipped[:1], model.params, examples=batch)[1]  # Of another layer.
+    assert found["overlap"] > 0.2 and found["fit"] < 0.5 * other["fit"]
 
 
 def test_heads_survive_the_disk_alone_and_with_their_model(trained, tmp_path):
