@@ -2,12 +2,12 @@
 
     python experiments/all_methods.py --out docs/measured/all_methods
 
-One number of seven digits among four hidden in 1,000 tokens of Python's manual, kvjax-tiny in bfloat16, every method at
+One number of seven digits among four hidden in 1,000 tokens of Python's manual, kvjax-tiny in float32, every method at
 a half, a quarter, an eighth and a sixteenth of the full cache's bytes; methods that only store come with the parameters
 below, at the size they have, and methods that only read at that part of the tokens. One prefill feeds all policies; an
 interrupted run goes on where it stopped. Writes, per protocol, `results.json` (a row per sample and policy) and
 `pareto.png`, and one `table.md`: methods by size, and the orderings of the papers. About 25 minutes on two CPU cores.
-The same for a few policies: `kvjax compare --model tiny --dtype bfloat16 --context 1000 --needles 4 --policies "cake;
+The same for a few policies: `kvjax compare --model tiny --context 1000 --needles 4 --policies "cake;
 snapkv" --sizes 50,25,12.5,6.25`.
 """
 
@@ -15,6 +15,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 import kvjax
 from kvjax.evaluation import (
@@ -32,6 +34,7 @@ from kvjax.evaluation import (
 )
 
 MODEL, CONTEXT, NEEDLES = "tiny", 1000, 4
+GROUP = 26  # Policies that are compiled at a time.
 SIZES = (0.5, 0.25, 0.125, 0.0625)
 # Methods whose size is in their parameters, and compositions across kinds.
 SIZED = (
@@ -135,7 +138,7 @@ def main() -> None:
     text = "; ".join((*SIZED, *SWEPT))
     names = labelled(text)
     task = make_task("needle", context=CONTEXT, count=args.samples, needles=NEEDLES, seed=0)
-    model = kvjax.load(MODEL, dtype="bfloat16")
+    model = kvjax.load(MODEL)
     found, full = {}, {}
     for protocol in args.protocols.split(","):
         settings, folder = (
@@ -147,11 +150,17 @@ def main() -> None:
         policies, reasons = servable(model, cases, settings.policies)
         for reason in reasons.values():
             print(f"Left out: {reason}")
-        settings = Settings(policies=policies, protocol=protocol, speed=False)
-        config = resolved_config(MODEL, model.params["embed"].dtype, task, settings)
-        rows = read_rows(folder, config, overwrite=False)
-        say = lambda done, total, what, protocol=protocol: print(f"\r{protocol} {done}/{total} {what:50}", end="")  # noqa: E731
-        summaries = summarize(run(model, task, cases, settings, config, folder, rows, say))
+        rows: list[dict[str, Any]] = []
+        for number in range(1, len(policies), GROUP):  # The full cache comes first in every group.
+            some = Settings(policies=policies[:1] + policies[number : number + GROUP], protocol=protocol, speed=False)
+            config = resolved_config(MODEL, model.params["embed"].dtype, task, some)
+            part = folder / f"policies-{number}"
+            make_folder(part)
+            say = lambda done, total, what, number=number: print(f"\r{number}: {done}/{total} {what:50}", end="")  # noqa: E731
+            found_rows = run(model, task, cases, some, config, part, read_rows(part, config, overwrite=False), say)
+            rows += [row for row in found_rows if number == 1 or row["policy"] != "full"]
+            jax.clear_caches()  # A process can hold some hundred compiled policies, not more.
+        summaries = summarize(rows)
         plot(summaries, folder / "pareto.png", f"kvjax-tiny, needles among four, question-{protocol}")
         found[protocol], full[protocol] = grouped(summaries, names), summaries[0]
     written = table(found, full)

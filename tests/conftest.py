@@ -30,12 +30,24 @@ def pytest_runtest_setup(item):
             pytest.skip(f"needs a {kind.upper()}")
 
 
+MAPS = 20_000  # Every compiled function holds memory maps, of which a process may have 65,530: too many end in a crash.
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_compilations():
-    """Every compiled function holds memory maps, of which a process may have 65,530: too many end in a crash."""
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def forget_many_compilations():
+    """The same in the middle of a file that compiles for many policies."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.is_file() and maps.read_bytes().count(b"\n") > MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -47,6 +47,9 @@ from kvjax.policies import (
 )
 
 TIMED_ROUNDS = 3  # Decoding is timed so often; the fastest counts.
+TOGETHER = (
+    40  # Policies that stay compiled at a time: their code takes memory maps, of which a process has some 65,000.
+)
 COMPILERS = 4  # At most so many compilations at a time: each needs memory.
 Progress = Callable[[int, int, str], None]
 
@@ -257,7 +260,7 @@ def run(
         progress(len(rows), total, "prefill")
         observed = _observe(model, prompt, settings.policies)
         for case in group:
-            if case.shape not in warm:
+            if case.shape not in warm and len(settings.policies) <= TOGETHER:
                 progress(len(rows), total, "compiling")
                 _compile(model, observed, case, settings)
                 warm.add(case.shape)
@@ -292,7 +295,7 @@ def _observe(model: Model, prompt: Ids, policies: Sequence[Policy]) -> Observed:
 def _ask(model: Model, observed: Observed, case: Case, settings: Settings) -> Iterator[Row]:
     """One row per policy: the full cache's first, whose continuation the others are led along."""
     continuation, reference = [], jnp.zeros(())
-    for policy in settings.policies:
+    for number, policy in enumerate(settings.policies, 1):
         tight, cache = _compressed(model, observed, case, policy)
         if not continuation:
             ids, _ = greedy(model, *_question(model, cache, case), case.tokens)
@@ -318,6 +321,8 @@ def _ask(model: Model, observed: Observed, case: Case, settings: Settings) -> It
             "compression": cache.full_nbytes / nbytes,
             "kept": _kept(cache),
         }
+        if number % TOGETHER == 0:  # What compiles again comes from the compilation cache, if there is one.
+            jax.clear_caches()
 
 
 def _decode_speeds(model: Model, observed: Observed, case: Case, settings: Settings) -> list[float]:
