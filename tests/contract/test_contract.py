@@ -252,6 +252,7 @@ def test_equal_policies_are_equal_and_compile_once(policy):
     again = policy_of(name)
     assert again is not policy and again == policy and hash(again) == hash(policy)
     logits, cache = extended(policy)
+    ask(policy, kvjax.prefill(tiny.trained(), CONFIG, policy, TOKENS, LENGTHS))  # What was compiled may be forgotten.
     sizes = [f._cache_size() for f in (_compress_layer, extend_hidden)]
     _, twice = kvjax.prefill_logits(tiny.trained(), CONFIG, again, TOKENS, LENGTHS)
     assert_trees_equal(twice, prefilled(policy)[1])
