@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -97,8 +97,6 @@ def np_like(x: Any) -> Any:
 class Allocate(Protocol):
     """Spreads an average budget over the layers that a policy compresses, known before anything is computed."""
 
-    weigh: None
-
     def __call__(self, mean: Any, length: Any, layers: int, least: int) -> Any:
         """Slots of each layer, [layers, ...] int32, at most `mean * layers` together and never more than `length` each.
 
@@ -111,6 +109,7 @@ class Allocate(Protocol):
         ...
 
 
+@runtime_checkable
 class Divide(Protocol):
     """Spreads an average budget over layers by what is seen of them: decided on the host, between compiled stages."""
 
@@ -146,8 +145,6 @@ class Divide(Protocol):
 class Uniform:
     """The same for every layer."""
 
-    weigh = None
-
     def __call__(self, mean: Any, length: Any, layers: int, least: int) -> Any:
         del least
         xp = np_like(length)
@@ -167,7 +164,6 @@ class Pyramid:
     """
 
     beta: float = 20.0
-    weigh = None
 
     def __call__(self, mean: Any, length: Any, layers: int, least: int) -> Any:
         xp = np_like(length)

@@ -210,7 +210,7 @@ class Evict(Stage):
 
     @property
     def divide(self) -> Divide | None:
-        return None if self.allocate.weigh is None else self.allocate
+        return self.allocate if isinstance(self.allocate, Divide) else None
 
     def check(self, config: Any) -> None:
         if self.ragged and config.cache_heads == 1:
