@@ -133,6 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/all_methods"))
     parser.add_argument("--samples", type=int, default=3, help="contexts; each of their four needles is asked for")
+    parser.add_argument("--questions", type=int, default=None, help="only the first so many; default: all")
     parser.add_argument("--protocols", default="aware,agnostic")
     args = parser.parse_args()
     text = "; ".join((*SIZED, *SWEPT))
@@ -146,7 +147,8 @@ def main() -> None:
             args.out / protocol,
         )
         make_folder(folder)
-        cases = make_cases(task, task.samples(model), settings)
+        cases = make_cases(task, task.samples(model), settings)[: args.questions]
+        asked = {case.sample.id for case in cases}
         policies, reasons = servable(model, cases, settings.policies)
         for reason in reasons.values():
             print(f"Left out: {reason}")
@@ -158,6 +160,7 @@ def main() -> None:
             make_folder(part)
             say = lambda done, total, what, number=number: print(f"\r{number}: {done}/{total} {what:50}", end="")  # noqa: E731
             found_rows = run(model, task, cases, some, config, part, read_rows(part, config, overwrite=False), say)
+            found_rows = [row for row in found_rows if row["sample"] in asked]
             rows += [row for row in found_rows if number == 1 or row["policy"] != "full"]
             jax.clear_caches()  # A process can hold some hundred compiled policies, not more.
         summaries = summarize(rows)

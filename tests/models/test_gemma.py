@@ -33,9 +33,9 @@ def one_layer(weights, config, spec, x, pos):
 
     def attend(spec, state, new, shared):
         out, _ = causal_attention(new.q, new.k, new.v, new.pos, scale=spec.scale, window=spec.window)
-        return out, (new.k, new.v)
+        return out, (new.k, new.v), shared
 
-    return run_layer(weights, config, spec, x, pos, None, None, attend)
+    return run_layer(weights, config, spec, x, pos, None, None, attend)[:2]
 
 
 def run(model, tokens, lengths):
