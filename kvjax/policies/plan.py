@@ -83,6 +83,7 @@ def plan(policy: Policy, config: Config, lengths: Any, dtype: Any) -> Plan:
     return Plan(policy, length, places, decided=not policy.divided)
 
 
+@functools.lru_cache(maxsize=4096)  # A dozen abstract caches each, and the same for every prompt of a length.
 def _in_tokens(policy: Policy, config: Config, length: int, dtype: Any) -> Policy:
     """The policy with its last budget in tokens: the most whose cache, for one sequence, fits the bytes."""
     *before, last = policy.stages
@@ -97,15 +98,25 @@ def _in_tokens(policy: Policy, config: Config, length: int, dtype: Any) -> Polic
     def size(tokens: int) -> int:
         return nbytes(plan(with_tokens(tokens), config, length, dtype), config, dtype)
 
-    low, high = last.least, length
-    if size(low) > allowed:
+    low, high = last.least, max(length, last.least)
+    fits, exceeds = size(low), size(high)
+    if fits > allowed:
         raise PolicyError(
             f"{policy}: {allowed} bytes are too few: the layers that are not compressed and {low} slots in each of the "
-            f"others take {size(low)}."
+            f"others take {fits}."
         )
-    while low < high:  # The largest number of tokens that fits.
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if size(middle) <= allowed else (low, middle - 1)
+    if exceeds <= allowed:
+        return with_tokens(high)
+    turn = 0
+    while (
+        high - low > 1
+    ):  # `low` fits and `high` does not. Bytes are nearly linear in tokens: four guesses, then halves.
+        guess = low + (high - low) * (allowed - fits) // (exceeds - fits) if turn < 4 else (low + high) // 2
+        middle, turn = min(max(guess, low + 1), high - 1), turn + 1
+        if (found := size(middle)) <= allowed:
+            low, fits = middle, found
+        else:
+            high, exceeds = middle, found
     return with_tokens(low)
 
 
