@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import typing
 from typing import Any
@@ -79,7 +80,10 @@ def plan(policy: Policy, config: Config, lengths: Any, dtype: Any) -> Plan:
                 "sinks and a smaller window."
             )
         per_stage.append(slots.max(1))
-    places = tuple(Place(tuple(int(slots[i]) for slots in per_stage), policy.role(i, layers)) for i in range(layers))
+    places = tuple(
+        Place(tuple(itertools.accumulate((int(slots[i]) for slots in per_stage), min)), policy.role(i, layers))
+        for i in range(layers)
+    )
     return Plan(policy, length, places, decided=not policy.divided)
 
 

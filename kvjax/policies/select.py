@@ -51,8 +51,8 @@ class TopTokens:
     ragged = False
 
     def __call__(self, scores: Array, slots: Array, capacity: int) -> tuple[Array, Array]:
-        best, index = lax.top_k(scores, capacity)
-        valid = (jnp.arange(capacity) < slots[:, None, None]) & (best > -jnp.inf)
+        best, index = lax.top_k(scores, min(capacity, scores.shape[-1]))  # A stage before may have left fewer.
+        valid = (jnp.arange(best.shape[-1]) < slots[:, None, None]) & (best > -jnp.inf)
         return ordered(index, valid, scores.shape[-1])
 
 
