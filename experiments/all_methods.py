@@ -79,7 +79,7 @@ def grouped(summaries: Sequence[dict[str, Any]], names: dict[str, str]) -> dict[
     full, out = summaries[0]["nbytes"], {}
     for row in summaries[1:]:
         name = names[row["policy"]]
-        size = next((size for size in SIZES if f"{100 * size:g}%B" in row["policy"]), round(row["nbytes"] / full, 3))
+        size = next((size for size in SIZES if f"'{100 * size:g}%B'" in row["policy"]), round(row["nbytes"] / full, 3))
         if "%B" not in row["policy"] and name in ("quest", "tidaldecode(correction=4)"):  # Sized by what is read.
             size = next(size for size in SIZES if f"({size!r}" in row["policy"])
         out.setdefault(name, {})[size] = {**row, "part": row["nbytes"] / full}
