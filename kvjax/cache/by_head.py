@@ -10,7 +10,7 @@ from jax import Array
 
 from kvjax.cache.layer import Layer
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
-from kvjax.kernels.attention import Part
+from kvjax.kernels.parts import Part
 
 
 @typing.no_type_check

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 from jax import Array
 
-from kvjax.cache.packing import codes_per_word, expand, pack, round_to_nearest, unpack
-from kvjax.kernels.attention import dot_keys, dot_values
+from kvjax.kernels.packing import codes_per_word, expand, pack, round_to_nearest, unpack
+from kvjax.kernels.parts import dot_keys, dot_values
 
 
 class Codec(Protocol):

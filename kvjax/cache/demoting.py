@@ -12,7 +12,7 @@ from kvjax.cache.layer import Layer
 from kvjax.cache.slots import Slots, take_slots
 from kvjax.cache.tiers import Through, side_by_side
 from kvjax.cache.types import LayerSpec, Tokens
-from kvjax.kernels.attention import Part, merge
+from kvjax.kernels.parts import Part, merge
 
 
 @typing.no_type_check

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from kvjax.cache.layer import Layer
-from kvjax.cache.packing import expand, pack, round_to_nearest, unpack
 from kvjax.cache.slots import put_slots, take_slots
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
-from kvjax.kernels.attention import dot_keys, dot_values, fold
+from kvjax.kernels.packing import expand, pack, round_to_nearest, unpack
+from kvjax.kernels.parts import dot_keys, dot_values, fold
 
 
 @typing.no_type_check

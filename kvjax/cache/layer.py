@@ -6,17 +6,7 @@ from typing import Any, Self
 from jax import Array
 
 from kvjax.cache.types import LayerSpec, Tokens
-from kvjax.kernels.attention import (
-    Part,
-    attend_part,
-    dot_keys,
-    dot_values,
-    fold,
-    merge,
-    part_weights,
-    unfold,
-    visible,
-)
+from kvjax.kernels.parts import Part, attend_part, dot_keys, dot_values, fold, merge, part_weights, unfold, visible
 
 # (marks of the slots [B, 1 or H, S], attention weights [B, H, G, T, S + T], new tokens, positions of the slots
 # [B, 1 or H, S]) -> marks [B, 1 or H, S + T].

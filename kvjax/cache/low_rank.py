@@ -18,7 +18,7 @@ from kvjax.cache.layer import Layer
 from kvjax.cache.slots import Slots, take_slots
 from kvjax.cache.tiers import Tiers
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
-from kvjax.kernels.attention import Part, attend_part, dot_keys, dot_values, fold, masked_softmax, visible
+from kvjax.kernels.parts import Part, attend_part, dot_keys, dot_values, fold, masked_softmax, visible
 
 
 @typing.no_type_check

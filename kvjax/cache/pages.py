@@ -20,10 +20,10 @@ from jax import Array, lax
 from kvjax.cache.codec import Codec, Plain
 from kvjax.cache.grouped import Packs, pack_vectors
 from kvjax.cache.layer import Layer
-from kvjax.cache.packing import codes_per_word
 from kvjax.cache.slots import take_slots
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
-from kvjax.kernels.attention import NEG, Part, attend_part, dot_keys, dot_values, fold, merge, visible
+from kvjax.kernels.packing import codes_per_word
+from kvjax.kernels.parts import NEG, Part, attend_part, dot_keys, dot_values, fold, merge, visible
 
 QUERIES = 16  # New tokens that read the pages at once: every page has its own copy of their queries.
 

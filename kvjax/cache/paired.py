@@ -21,7 +21,7 @@ from kvjax.cache.codec import Codec, Plain
 from kvjax.cache.layer import Layer
 from kvjax.cache.slots import Slots, put_slots, take_slots
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
-from kvjax.kernels.attention import Part, attend_part, fold, visible
+from kvjax.kernels.parts import Part, attend_part, fold, visible
 
 
 def polar(x: Array) -> tuple[Array, Array]:

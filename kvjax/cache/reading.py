@@ -16,7 +16,7 @@ from jax import Array, lax
 from kvjax.cache.layer import Layer, Mark
 from kvjax.cache.slots import Slots, put_slots, take_slots
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
-from kvjax.kernels.attention import NEG, Part, attend_part, dot_keys, fold, visible
+from kvjax.kernels.parts import NEG, Part, attend_part, dot_keys, fold, visible
 
 LEAST_PAGES = 3
 

@@ -15,7 +15,7 @@ from jax import Array
 from kvjax.cache.codec import Codec, Plain
 from kvjax.cache.layer import Layer
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
-from kvjax.kernels.attention import fold
+from kvjax.kernels.parts import fold
 
 UNLIMITED = 2**30
 

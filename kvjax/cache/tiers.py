@@ -10,7 +10,7 @@ from jax import Array
 
 from kvjax.cache.layer import Layer
 from kvjax.cache.types import LayerSpec, Tokens, static
-from kvjax.kernels.attention import Part, fold, merge
+from kvjax.kernels.parts import Part, fold, merge
 
 
 @typing.no_type_check

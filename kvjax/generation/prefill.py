@@ -19,7 +19,7 @@ from jax.core import Tracer
 
 from kvjax.cache import Cache, LayerSpec, Tokens, make_ring
 from kvjax.generation.chunked import prefill_in_chunks
-from kvjax.kernels.attention import BLOCK, causal_attention
+from kvjax.kernels.prefill import BLOCK, causal_attention
 from kvjax.models.config import Config
 from kvjax.models.params import layer_params
 from kvjax.models.transformer import MLP_ROWS, Params, embed, layer_spec, positions, run_layer, unembed

@@ -19,7 +19,7 @@ import dataclasses
 from typing import Any
 
 from kvjax.cache import GearRecipe, GearSlots, make_gear
-from kvjax.cache.packing import codes_per_word
+from kvjax.kernels.packing import codes_per_word
 from kvjax.policies import Built, Policy, Prompt, Store, register
 
 

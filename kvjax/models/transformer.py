@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens
-from kvjax.kernels.attention import causal_attention
+from kvjax.kernels.prefill import causal_attention
 from kvjax.models.config import Config, Rope
 from kvjax.models.params import layer_params, layer_runs
 from kvjax.models.rope import apply_rope, rope_tables

@@ -15,7 +15,7 @@ from jax import Array
 
 from kvjax.cache import EMPTY, LayerSpec, Tokens
 from kvjax.cache.slots import take_slots
-from kvjax.kernels.attention import BLOCK, causal_attention
+from kvjax.kernels.prefill import BLOCK, causal_attention
 
 
 class Tokenwise(Protocol):

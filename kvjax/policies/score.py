@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from kvjax.cache import EMPTY, LayerSpec, Tokens
-from kvjax.kernels.attention import dot_keys, fold, masked_softmax, visible
+from kvjax.kernels.parts import dot_keys, fold, masked_softmax, visible
 from kvjax.models.rope import apply_rope, rope_tables
 from kvjax.policies.observe import Needs, Observation, Prompt, Tokenwise
 

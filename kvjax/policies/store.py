@@ -5,8 +5,8 @@ from typing import Any
 
 from kvjax.cache import LayerSpec, Plain, Slots, make_grouped
 from kvjax.cache.codec import Codec
-from kvjax.cache.packing import codes_per_word
 from kvjax.cache.pages import Pages, Together, make_pages
+from kvjax.kernels.packing import codes_per_word
 from kvjax.policies.observe import Needs, Observation, Prompt
 
 

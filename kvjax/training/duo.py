@@ -30,7 +30,8 @@ from jax import Array, lax
 
 from kvjax.cache import EMPTY, LayerSpec, Tokens
 from kvjax.checkpoints import Tokenizer
-from kvjax.kernels.attention import BLOCK, attend_part, causal_attention, dot_keys, dot_values, fold, unfold
+from kvjax.kernels.parts import attend_part, dot_keys, dot_values, fold, unfold
+from kvjax.kernels.prefill import BLOCK, causal_attention
 from kvjax.models.config import Config
 from kvjax.models.transformer import Params, embed, positions, rms_norm, run_layers
 from kvjax.training.loop import load_state, train

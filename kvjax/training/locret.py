@@ -29,7 +29,8 @@ from jax import Array
 from kvjax.cache import LayerSpec, Tokens
 from kvjax.cache.slots import take_slots
 from kvjax.checkpoints.orbax import load_pytree, save_pytree
-from kvjax.kernels.attention import causal_attention, dot_keys, fold
+from kvjax.kernels.parts import dot_keys, fold
+from kvjax.kernels.prefill import causal_attention
 from kvjax.methods.locret import RetainingHead
 from kvjax.models.config import Config
 from kvjax.models.params import layer_params

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from kvjax.cache import EMPTY
-from kvjax.kernels.attention import causal_attention, masked_softmax, visible
+from kvjax.kernels.parts import masked_softmax, visible
+from kvjax.kernels.prefill import causal_attention
 
 B, HEADS, KV_HEADS, D = 2, 4, 2, 8
 

@@ -12,7 +12,7 @@ import pytest
 
 import kvjax
 from kvjax.cache import make_grouped
-from kvjax.cache.packing import round_to_nearest, unpack
+from kvjax.kernels.packing import round_to_nearest, unpack
 from tests.methods.layer import compress, kept, spec, step, tokens
 from tests.oracles.test_golden import PROMPT, golden, inputs, reading_inputs, short24
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.kernels.attention import causal_attention
+from kvjax.kernels.prefill import causal_attention
 from kvjax.models.transformer import embed, layer_spec, positions, rms_norm, run_layer, unembed
 
 LOGIT_ERROR = 2e-3  # Measured: 3e-5.

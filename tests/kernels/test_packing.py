@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
 
-from kvjax.cache.packing import codes_per_word, expand, pack, round_to_nearest, unpack
+from kvjax.kernels.packing import codes_per_word, expand, pack, round_to_nearest, unpack
 
 FLOATS = st.floats(-1e3, 1e3, width=32, allow_subnormal=False)  # Which CPUs flush to zero.
 EXAMPLES = settings(max_examples=20)

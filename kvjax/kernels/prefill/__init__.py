@@ -1,0 +1,3 @@
+"""Attention of a prompt over itself."""
+
+from kvjax.kernels.prefill.reference import BLOCK as BLOCK, causal_attention as causal_attention
