@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+FEW_ROWS = 16  # Up to so many queries, XLA's product for CPUs is two to three times faster with the keys on its left.
 NEG = -1e30  # Stands for -inf: a row without any visible key stays finite and is zeroed afterwards.
 
 
@@ -32,6 +33,8 @@ def unfold(x: Array, length: int) -> Array:
 
 def dot_keys(q: Array, k: Array) -> Array:
     """[B, H, N, D] x [B, H, S, D] -> [B, H, N, S] float32."""
+    if q.shape[2] <= FEW_ROWS:
+        return jnp.swapaxes(jnp.einsum("bhsd,bhnd->bhsn", k, q, preferred_element_type=jnp.float32), 2, 3)
     return jnp.einsum("bhnd,bhsd->bhns", q, k, preferred_element_type=jnp.float32)
 
 
