@@ -15,7 +15,7 @@ from jax import Array
 
 from kvjax.cache import EMPTY, LayerSpec, Tokens
 from kvjax.cache.slots import take_slots
-from kvjax.kernels.prefill import BLOCK, causal_attention
+from kvjax.kernels.prefill import BLOCK, ColumnSums, Statistics, prefill_attention
 
 
 class Tokenwise(Protocol):
@@ -159,7 +159,8 @@ def observe(
     Returns:
       Output [B, H * G, T, D], keys and values, statistics.
     """
-    out, sums = causal_attention(
+    summed = needs.column_sums or needs.column_spread
+    seen = prefill_attention(
         new.q,
         new.k,
         new.v,
@@ -167,9 +168,10 @@ def observe(
         scale=spec.scale,
         window=spec.window,
         softcap=spec.softcap,
-        column_sums=needs.column_sums or needs.column_spread,
+        statistics=Statistics(column_sums=(ColumnSums(),) if summed else ()),
         block=block,
     )
+    sums = seen.column_sums[0] if summed else None
     length = (new.pos != EMPTY).sum(-1, dtype=jnp.int32)
     index = length[:, None] - needs.window + jnp.arange(needs.window, dtype=jnp.int32)
     spread = column_spread(sums, new.pos) if needs.column_spread and sums is not None else None
@@ -192,4 +194,4 @@ def observe(
         k_raw=new.k_raw if needs.raw_keys else None,
         tokenwise={number.name: number(new) for number in needs.tokenwise},
     )
-    return out, prompt, observation
+    return seen.out, prompt, observation

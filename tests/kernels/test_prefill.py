@@ -1,5 +1,6 @@
-"""Attention in blocks against a softmax written out in NumPy float64."""
+"""Prefill attention and its statistics: the reference and the blocks of XLA against a softmax in NumPy float64."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,78 +10,160 @@ import pytest
 
 from kvjax.cache import EMPTY
 from kvjax.kernels.parts import masked_softmax, visible
-from kvjax.kernels.prefill import causal_attention
+from kvjax.kernels.prefill import ColumnSums, Past, Statistics, causal_attention, prefill_attention, refuse
+from kvjax.kernels.prefill.request import make_request
+from tests.kernels.prefill_cases import ALL, EVERY_SUM, Case, check, draw
 
-B, HEADS, KV_HEADS, D = 2, 4, 2, 8
-
-
-@functools.cache
-def draw(length: int):
-    rng = np.random.default_rng(length)
-    q = rng.normal(size=(B, HEADS, length, D)).astype(np.float32)
-    k, v = (rng.normal(size=(B, KV_HEADS, length, D)).astype(np.float32) for _ in range(2))
-    return 2 * q, k, v
-
-
-def naive(q, k, v, lengths, scale, window, softcap):
-    """Output [B, heads, T, D] and column sums [B, heads, T], query by query."""
-    length = q.shape[2]
-    out, sums = np.zeros(q.shape), np.zeros(q.shape[:3])
-    for b in range(B):
-        for h in range(HEADS):
-            for i in range(lengths[b]):
-                low = max(0, i + 1 - window) if window else 0
-                logits = scale * (k[b, h // 2, low : i + 1].astype(np.float64) @ q[b, h, i].astype(np.float64))
-                logits = softcap * np.tanh(logits / softcap) if softcap else logits
-                weights = np.exp(logits - logits.max())
-                weights /= weights.sum()
-                out[b, h, i] = weights @ v[b, h // 2, low : i + 1]
-                sums[b, h, low : i + 1] += weights
-    assert length >= max(lengths)
-    return out, sums
+SUMS = Statistics(column_sums=(ColumnSums(),))
+CASES = {
+    # Case, queries of a block
+    "one token": (Case(1, (1, 1)), None),
+    "one block": (Case(13, (13, 6)), None),
+    "blocks that do not divide the length": (Case(13, (13, 6)), 4),
+    "eight groups of one block, soft-cap": (Case(32, (32, 17), softcap=5.0, statistics=SUMS), 4),
+    "groups of several blocks": (Case(70, (70, 1), statistics=SUMS), 4),
+    "a row without tokens": (Case(9, (9, 0)), 4),
+    "window": (Case(13, (13, 6), window=4), None),
+    "window of a block": (Case(32, (32, 17), window=8), 8),
+    "keys cut at both ends": (Case(37, (37, 20), window=5, softcap=3.0), 8),
+    "window of one": (Case(37, (37, 20), window=1), 8),
+    "window that hides nothing": (Case(37, (37, 20), window=100, statistics=SUMS), 8),
+    "packed": (Case(40, (40, 33), packed=(11, 2, 20, 7)), 8),
+    "packed, window": (Case(40, (40, 33), packed=(11, 2, 20, 7), window=5), 8),
+    "past": (Case(20, (20, 11), past=23), 8),
+    "past by head, window, soft-cap": (Case(20, (20, 11), past=23, by_head=True, window=9, softcap=4.0), 8),
+    "values of their own size, one KV head": (Case(20, (20, 11), dim=128, value_dim=48, kv_heads=1, group=3), 8),
+    "256 channels, all heads apart": (Case(20, (20, 11), dim=256, kv_heads=3, group=1, past=5), 8),
+    "every kind of sum": (Case(20, (20, 11), packed=(5, 15), statistics=EVERY_SUM), None),
+    "bfloat16": (Case(40, (40, 33), dtype="bfloat16", past=12, window=20), 32),
+}
 
 
-CASES = [
-    # length, block, window, softcap, lengths
-    (1, 256, 0, 0.0, (1, 1)),
-    (13, 256, 0, 0.0, (13, 6)),
-    (13, 4, 0, 0.0, (13, 6)),  # Blocks that do not divide the length.
-    (32, 4, 0, 5.0, (32, 17)),  # Eight groups of one block.
-    (70, 4, 0, 0.0, (70, 1)),  # More than eight blocks: groups of several.
-    (13, 256, 4, 0.0, (13, 6)),
-    (32, 8, 8, 0.0, (32, 17)),
-    (37, 8, 5, 3.0, (37, 20)),  # Keys of a block: its own and those before, cut at both ends.
-    (37, 8, 1, 0.0, (37, 20)),
-    (37, 8, 100, 0.0, (37, 20)),  # A window that hides nothing.
-]
+def call(*args, segments=None, past=None, **keywords):
+    """`prefill_attention`, compiled."""
+    return jax.jit(functools.partial(prefill_attention, **keywords))(*args, segments=segments, past=past)
 
 
-@pytest.mark.parametrize("length, block, window, softcap, lengths", CASES)
-def test_causal_attention(length, block, window, softcap, lengths):
-    q, k, v = draw(length)
-    pos = np.where(np.arange(length) < np.array(lengths)[:, None], np.arange(length), EMPTY).astype(np.int32)
-    padding = (pos == EMPTY)[:, None, :, None]
-    # Padding holds large numbers, which nobody may see.
-    args = [jnp.asarray(np.where(padding, 1e4, x)) for x in (q, k, v)]
-    run = functools.partial(causal_attention, scale=0.4, window=window, softcap=softcap, block=block)
-    out, sums = jax.jit(functools.partial(run, column_sums=True))(*args, jnp.asarray(pos))
-    want, want_sums = naive(q, k, v, lengths, 0.4, window, softcap)
-    np.testing.assert_allclose(out, want, atol=2e-6)
-    np.testing.assert_allclose(sums, want_sums, atol=2e-5)
-    if length == 13:
-        alone, nothing = jax.jit(run)(*args, jnp.asarray(pos))
-        assert nothing is None
-        np.testing.assert_allclose(alone, out, atol=1e-7)
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("name", CASES)
+def test_against_numpy(name, implementation):
+    case, block = CASES[name]
+    rounded = case.dtype == "bfloat16"
+    args, keywords = draw(case)
+    got = call(*args, **keywords, implementation=implementation, block=block)
+    check(got, case, out_tolerance=0.02 if rounded else None)
 
 
-def test_bfloat16_accumulates_in_float32():
-    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in draw(70))
-    pos = jnp.tile(jnp.arange(70, dtype=jnp.int32), (B, 1))
-    out, sums = causal_attention(q, k, v, pos, scale=0.4, block=16, column_sums=True)
-    want, want_sums = naive(*(np.asarray(x, np.float32) for x in (q, k, v)), (70, 70), 0.4, 0, 0.0)
-    assert out.dtype == jnp.bfloat16 and sums.dtype == jnp.float32
-    np.testing.assert_allclose(out.astype(jnp.float32), want, atol=0.05)
-    np.testing.assert_allclose(sums.sum(-1), want_sums.sum(-1), rtol=1e-4)
+def test_only_what_is_asked_for():
+    args, keywords = draw(Case(13, (13, 6)))
+    full = call(*args, **keywords)
+    bare = call(*args, **keywords | {"statistics": Statistics()})
+    assert jax.tree.leaves(bare) == [bare.out]
+    np.testing.assert_array_equal(bare.out, full.out)
+    for name in ("lse", "entropy", "window"):
+        asked = {name: getattr(ALL, name)}
+        got = call(*args, **keywords | {"statistics": Statistics(**asked)})
+        assert len(jax.tree.leaves(got)) == 2
+        np.testing.assert_allclose(getattr(got, name), getattr(full, name), atol=1e-6)
+
+
+def test_chunks_are_the_whole():
+    """A prompt in two chunks, the second with the first as its past, says what the whole prompt says."""
+    (q, k, v, pos), keywords = draw(Case(30, (30, 30)))
+    asked = Statistics(lse=True, entropy=True, column_sums=(ColumnSums(),))
+    keywords, cut = keywords | {"statistics": asked}, 17
+    whole = call(q, k, v, pos, **keywords)
+    first = call(*(x[:, :, :cut] for x in (q, k, v)), pos[:, :cut], **keywords)
+    past = Past(k=k[:, :, :cut], v=v[:, :, :cut], pos=pos[:, None, :cut])
+    second = call(*(x[:, :, cut:] for x in (q, k, v)), pos[:, cut:], **keywords | {"past": past})
+    for name in ("out", "lse", "entropy"):
+        joined = jnp.concatenate([getattr(first, name), getattr(second, name)], 2)
+        np.testing.assert_allclose(joined, getattr(whole, name), atol=2e-5)
+    sums = second.column_sums[0].at[..., :cut].add(first.column_sums[0])
+    np.testing.assert_allclose(sums, whole.column_sums[0], atol=2e-5)
+
+
+def test_packed_prompts_are_prompts():
+    """Two prompts in one row say what each says alone, statistics included."""
+    (q, k, v, _), keywords = draw(Case(30, (30, 30)))
+    asked = dataclasses.replace(ALL, window=0)
+    keywords = {"scale": keywords["scale"], "statistics": asked}
+    sizes = (12, 18)
+    pos = jnp.tile(jnp.concatenate([jnp.arange(n) for n in sizes]), (2, 1))
+    segments = jnp.tile(jnp.repeat(jnp.arange(2), np.array(sizes)), (2, 1))
+    packed = call(q, k, v, pos, **keywords, segments=segments)
+    alone = [call(*(x[:, :, a:b] for x in (q, k, v)), pos[:, a:b], **keywords) for a, b in ((0, 12), (12, 30))]
+    together = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 2), *alone)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), packed, together)
+
+
+def test_memory_grows_with_the_length():
+    """Twice the tokens take about twice the memory: nothing of [T, T] is whole, whatever is asked for."""
+
+    def temp(length: int, past: int, asked: Statistics) -> int:
+        shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)  # noqa: E731
+        ints = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.int32)  # noqa: E731
+        k = shape(1, 1, length, 16)
+        old = Past(k=shape(1, 1, past, 16), v=shape(1, 1, past, 16), pos=ints(1, 1, past)) if past else None
+        attend = functools.partial(prefill_attention, scale=1.0, implementation="xla", statistics=asked, block=64)
+        compiled = jax.jit(attend).lower(shape(1, 2, length, 16), k, k, ints(1, length), past=old).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    most = Statistics(lse=True, entropy=True, column_sums=(ColumnSums(), ColumnSums(normalized=True)), window=16)
+    for asked, past in ((Statistics(), 0), (most, 1)):
+        small, large = (temp(n, n * past, asked) for n in (1024, 2048))
+        assert large < 2.2 * small
+        assert large < 2048 * 2048 * 4
+
+
+def test_gradient():
+    """Through blocks and through the definition."""
+    args, keywords = draw(Case(20, (20, 20), dim=16))
+    keywords |= {"statistics": Statistics(entropy=True)}
+
+    def loss(q, implementation):
+        seen = call(q, *args[1:], **keywords, implementation=implementation, block=10)
+        return (seen.out**2).sum() + seen.entropy.sum()
+
+    np.testing.assert_allclose(*(jax.grad(loss)(args[0], name) for name in ("xla", "reference")), atol=1e-4)
+
+
+def test_causal_attention_is_a_short_form():
+    args, keywords = draw(Case(37, (37, 20), window=5))
+    keywords = {name: keywords[name] for name in ("scale", "window", "softcap")}
+    out, sums = causal_attention(*args, **keywords, column_sums=True, block=8)
+    alone, nothing = causal_attention(*args, **keywords, block=8)
+    full = call(*args, **keywords, statistics=SUMS, block=8)
+    assert nothing is None
+    np.testing.assert_array_equal(out, full.out)
+    np.testing.assert_array_equal(out, alone)
+    np.testing.assert_array_equal(sums, full.column_sums[0])
+
+
+def test_what_is_refused():
+    (q, k, v, pos), keywords = draw(Case(13, (13, 6), past=4))
+    with pytest.raises(ValueError, match="either segments or a past"):
+        prefill_attention(q, k, v, pos, **keywords | {"segments": pos})
+    del keywords["past"]
+    with pytest.raises(ValueError, match=r"\[B, H, T, D\] for queries"):
+        prefill_attention(q, k[..., :8], v, pos, **keywords)
+    with pytest.raises(ValueError, match=r"\[2, 13\], got \(2, 12\)"):
+        prefill_attention(q, k, v, pos[:, 1:], **keywords)
+    with pytest.raises(ValueError, match="channels and positions|keys and values"):
+        past = Past(k=k, v=v, pos=pos[:, None, 1:])
+        prefill_attention(q, k, v, pos, **keywords | {"past": past})
+    with pytest.raises(ValueError, match="multiple of 16 channels, not 40 and 64"):
+        prefill_attention(q[..., :40], k[..., :40], v, pos, **keywords, implementation="tpu")
+    with pytest.raises(ValueError, match='cast them first. Others: "auto", "xla", "reference"'):
+        half = [x.astype(jnp.float16) for x in (q, k, v)]
+        prefill_attention(*half, pos, **keywords, implementation="tpu")
+    with pytest.raises(ValueError, match='no implementation "cuda"'):
+        prefill_attention(q, k, v, pos, **keywords, implementation="cuda")
+    assert refuse(make_request(q, k, v, pos, **keywords), "tpu") is None
+    with pytest.raises(ValueError, match="at most 1, got 1.5"):
+        ColumnSums(forgetting=1.5)
+    with pytest.raises(ValueError, match="got -3"):
+        ColumnSums(window=-3)
 
 
 def test_visible():

@@ -1,91 +1,66 @@
-"""Attention of a prompt over itself in plain jnp: what the kernels must equal, and what runs where there is none."""
+"""Prefill attention as its definition says, everything dense and in float32: what the other implementations equal."""
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
-from kvjax.kernels.parts import dot_keys, dot_values, masked_softmax, visible
-
-BLOCK = 256  # Queries that attend to a prompt at once.
-
-
-def _attend(q, k, v, q_pos, k_pos, window, softcap):
-    """One block: q [B, H, G, T, D] scaled, k, v [B, H, S, D] -> output [B, H, G, T, D], weights [B, H, G, T, S]."""
-    b, h, g, t, d = q.shape
-    logits = dot_keys(q.reshape(b, h, g * t, d), k).reshape(b, h, g, t, -1)
-    weights = masked_softmax(logits, visible(q_pos, k_pos, window)[:, None, None], softcap)
-    out = dot_values(weights.reshape(b, h, g * t, -1), v)
-    return out.reshape(b, h, g, t, -1), weights
+from kvjax.kernels.parts import NEG
+from kvjax.kernels.prefill.request import Prefill, Request
+from kvjax.kernels.prefill.statistics import ColumnSums, query_weights, sees
 
 
-def causal_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    pos: Array,
-    *,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-    column_sums: bool = False,
-    block: int = BLOCK,
-) -> tuple[Array, Array | None]:
-    """Causal self-attention of a prompt in blocks of queries, so that no [T, T] matrix is ever whole.
+def prefill(request: Request) -> Prefill:
+    """The answer to a request; materialises the whole attention matrix."""
+    batch, heads, group, length, dim = request.q.shape
+    asked = request.statistics
+    k, v, place = _keys(request)
+    mask = sees(request.low, request.place, place)[:, :, None]  # [B, 1 or H, 1, T, S]
+    logits = jnp.einsum("bhgtd,bhsd->bhgts", request.q.astype(jnp.float32), k)
+    logits = request.softcap * jnp.tanh(logits / request.softcap) if request.softcap else logits
+    logits = jnp.where(mask, logits, NEG)
+    top = logits.max(-1, keepdims=True)
+    weights = jnp.where(mask, jnp.exp(logits - top), 0.0)
+    total = weights.sum(-1, keepdims=True)
+    weights = weights / jnp.where(total > 0, total, 1.0)
+    lse = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), NEG)[..., 0]
+    rows = lambda x: x.reshape(batch, heads * group, *x.shape[3:])  # noqa: E731
 
-    Args:
-      q: [B, H * G, T, D], rotated. k, v: [B, H, T, D]; values may have another number of channels than keys.
-      pos: [B, T] int32, increasing where present, `EMPTY` for padding; a padding query returns zeros.
-      column_sums: Also return the attention that each key receives, summed over all queries (H2O's statistic).
-      block: Queries per block.
+    counts = query_weights(asked.column_sums, request.age, request.place >= 0)
 
-    Returns:
-      Output [B, H * G, T, D] in v's dtype; column sums [B, H * G, T] float32 or None.
-    """
-    b, heads, length, d = q.shape
-    kv_heads = k.shape[1]
-    padded = -length % block if length > block else 0
-    if padded:
-        widths = ((0, 0), (0, 0), (0, padded), (0, 0))
-        q, k, v = (jnp.pad(x, widths) for x in (q, k, v))
-        pos = jnp.pad(pos, ((0, 0), (0, padded)), constant_values=-1)
-    total = length + padded
-    block = min(block, total)
-    blocks = total // block
-    q = (q * scale).astype(k.dtype).reshape(b, kv_heads, heads // kv_heads, blocks, block, d)
-    q, q_pos = jnp.moveaxis(q, 3, 0), jnp.moveaxis(pos.reshape(b, blocks, block), 1, 0)
-    sums = jnp.zeros((b, kv_heads, heads // kv_heads, total if column_sums else 0), jnp.float32)
+    def column_sum(sums: ColumnSums, count: Array) -> Array:
+        count = count[:, None, None, :, None]
+        received = (weights * count).sum(3)
+        if sums.normalized:
+            seen = (mask * count).sum(3)
+            received = jnp.where(seen > 0, received / jnp.where(seen > 0, seen, 1.0), 0.0)
+        return rows(received)
 
-    def run(q, q_pos, k, v, k_pos):
-        out, weights = _attend(q, k, v, q_pos, k_pos, window, softcap)
-        return out.astype(v.dtype), weights.sum(3) if column_sums else None
+    return Prefill(
+        out=rows(jnp.einsum("bhgts,bhsd->bhgtd", weights, v)).astype(request.v.dtype),
+        lse=rows(lse) if asked.lse else None,
+        entropy=rows(-(weights * jnp.log(jnp.where(weights > 0, weights, 1.0))).sum(-1)) if asked.entropy else None,
+        column_sums=tuple(column_sum(*pair) for pair in zip(asked.column_sums, counts, strict=True)),
+        window=rows(_last(weights, request.place, asked.window)) if asked.window else None,
+    )
 
-    reach = window + block if window else total  # Keys that one block of queries can see.
-    if reach < total:
 
-        def local(sums, xs):
-            i, q, q_pos = xs
-            start = jnp.clip((i + 1) * block - reach, 0, total - reach)
-            k_, v_ = (lax.dynamic_slice_in_dim(x, start, reach, 2) for x in (k, v))
-            out, col = run(q, q_pos, k_, v_, lax.dynamic_slice_in_dim(pos, start, reach, 1))
-            if col is not None:
-                old = lax.dynamic_slice_in_dim(sums, start, reach, 3)
-                sums = lax.dynamic_update_slice_in_dim(sums, old + col, start, 3)
-            return sums, out
+def _keys(request: Request) -> tuple[Array, Array, Array]:
+    """All keys and values [B, H, S, D] float32, zero where there is no token, and their places [B, 1 or H, S]."""
+    own = request.place[:, None]
+    stores = [(request.k, request.v, own)]
+    if request.past is not None:
+        heads = request.past.pos.shape[1]
+        own = jnp.broadcast_to(own, (own.shape[0], heads, own.shape[2]))
+        stores = [(request.past.k, request.past.v, request.past_place), (request.k, request.v, own)]
+    place = jnp.concatenate([store[2] for store in stores], -1)
+    k, v = (jnp.concatenate([store[i].astype(jnp.float32) for store in stores], 2) for i in (0, 1))
+    held = (place >= 0)[..., None]
+    return jnp.where(held, k, 0.0), jnp.where(held, v, 0.0), place
 
-        sums, out = lax.scan(local, sums, (jnp.arange(blocks), q, q_pos))
-    else:
-        # Groups of blocks share a static prefix of keys: near the causal triangle's cost with few compiled bodies.
-        outs, group = [], -(-blocks // 8)
-        for first in range(0, blocks, group):
-            last = min(first + group, blocks)
-            end = last * block
 
-            def prefix(sums, xs, end=end):
-                q, q_pos = xs
-                out, col = run(q, q_pos, k[:, :, :end], v[:, :, :end], pos[:, :end])
-                return (sums if col is None else sums.at[..., :end].add(col)), out
-
-            sums, out = lax.scan(prefix, sums, (q[first:last], q_pos[first:last]))
-            outs.append(out)
-        out = jnp.concatenate(outs) if len(outs) > 1 else outs[0]
-    out = jnp.moveaxis(out, 0, 3).reshape(b, heads, total, -1)[:, :, :length]
-    return out, sums.reshape(b, heads, total)[..., :length] if column_sums else None
+def _last(weights: Array, place: Array, window: int) -> Array:
+    """Weights of each row's last queries: [B, H, G, T, S] -> [B, H, G, W, S]."""
+    present = place >= 0
+    last = jnp.where(present, jnp.arange(place.shape[1]), -1).max(1)
+    index = last[:, None] - window + 1 + jnp.arange(window)  # [B, W]
+    taken = jnp.take_along_axis(weights, jnp.maximum(index, 0)[:, None, None, :, None], 3)
+    return jnp.where((index >= 0)[:, None, None, :, None], taken, 0.0)
