@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from kvjax.cache import EMPTY
+from kvjax.kernels.choose import KernelError
 from kvjax.kernels.parts import masked_softmax, visible
-from kvjax.kernels.prefill import ColumnSums, Past, Statistics, causal_attention, prefill_attention, refuse
+from kvjax.kernels.prefill import ColumnSums, Past, Statistics, causal_attention, explain, prefill_attention
 from kvjax.kernels.prefill.request import make_request
 from tests.kernels.prefill_cases import ALL, EVERY_SUM, Case, check, draw
 
@@ -142,24 +143,25 @@ def test_causal_attention_is_a_short_form():
 
 def test_what_is_refused():
     (q, k, v, pos), keywords = draw(Case(13, (13, 6), past=4))
-    with pytest.raises(ValueError, match="either segments or a past"):
+    with pytest.raises(KernelError, match="either segments or a past"):
         prefill_attention(q, k, v, pos, **keywords | {"segments": pos})
     del keywords["past"]
-    with pytest.raises(ValueError, match=r"\[B, H, T, D\] for queries"):
+    with pytest.raises(KernelError, match=r"\[B, H, T, D\] for queries"):
         prefill_attention(q, k[..., :8], v, pos, **keywords)
-    with pytest.raises(ValueError, match=r"\[2, 13\], got \(2, 12\)"):
+    with pytest.raises(KernelError, match=r"\[2, 13\], got \(2, 12\)"):
         prefill_attention(q, k, v, pos[:, 1:], **keywords)
-    with pytest.raises(ValueError, match="channels and positions|keys and values"):
+    with pytest.raises(KernelError, match="channels and positions|keys and values"):
         past = Past(k=k, v=v, pos=pos[:, None, 1:])
         prefill_attention(q, k, v, pos, **keywords | {"past": past})
-    with pytest.raises(ValueError, match="multiple of 16 channels, not 40 and 64"):
+    with pytest.raises(KernelError, match="multiple of 16 channels, not 40 and 64"):
         prefill_attention(q[..., :40], k[..., :40], v, pos, **keywords, implementation="tpu")
-    with pytest.raises(ValueError, match='cast them first. Others: "auto", "xla", "reference"'):
+    with pytest.raises(KernelError, match="not float16: cast them first. implementation='xla' can"):
         half = [x.astype(jnp.float16) for x in (q, k, v)]
         prefill_attention(*half, pos, **keywords, implementation="tpu")
-    with pytest.raises(ValueError, match='no implementation "cuda"'):
+    with pytest.raises(KernelError, match="one of auto, xla, reference, tpu, got 'cuda'"):
         prefill_attention(q, k, v, pos, **keywords, implementation="cuda")
-    assert refuse(make_request(q, k, v, pos, **keywords), "tpu") is None
+    request = make_request(q, k, v, pos, **keywords)
+    assert (explain(request).implementation, explain(request, "tpu").implementation) == ("xla", "tpu")
     with pytest.raises(ValueError, match="at most 1, got 1.5"):
         ColumnSums(forgetting=1.5)
     with pytest.raises(ValueError, match="got -3"):

@@ -1,19 +1,22 @@
 """Attention of a prompt, or of a chunk of one, over itself and what came before; and what can be seen of it."""
 
 import functools
-from typing import Any, Literal
+import importlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kvjax.kernels.prefill import reference, tpu, xla
+from kvjax.kernels import choose
+from kvjax.kernels.choose import Choice, Implementation
+from kvjax.kernels.prefill import reference, xla
 from kvjax.kernels.prefill.request import Past as Past, Prefill as Prefill, Request as Request, make_request
 from kvjax.kernels.prefill.statistics import ColumnSums as ColumnSums, Statistics as Statistics
 from kvjax.kernels.prefill.xla import BLOCK as BLOCK
 
-Implementation = Literal["auto", "reference", "xla", "tpu"]
+PALLAS = ("tpu",)
 
 
 def prefill_attention(
@@ -41,42 +44,37 @@ def prefill_attention(
       scale: Of the logits. softcap: `cap * tanh(logits / cap)` after it; 0 for none.
       window: A query sees keys less than so many positions before it; 0 for all.
       segments: Which prompt each token belongs to [B, T] int32, where rows hold several, one after another: a query
-        sees its own, positions start anew in each, and "last" means the last token of its own. Exclusive with `past`.
+        sees its own, positions start anew in each, and "last" in sums means the last token of its own. Not with `past`.
       past: Keys and values that the queries see besides, by position.
       statistics: What to say besides the output, over the keys of the past and the new ones.
-      implementation: "auto" takes the Pallas kernels on TPUs, if they can serve the request, and XLA elsewhere.
+      implementation: "auto", "tpu", "xla" or "reference". A Pallas kernel that is named on another machine is
+        interpreted: slow, for tests.
       block: Queries that attend at once: bounds memory, changes no result but by rounding.
 
     Returns:
-      The output and the statistics. Gradients with respect to q, k and v (and those of the past) are XLA's.
+      The output and the statistics. Gradients with respect to floats are XLA's, whoever computes the output.
 
     Raises:
-      ValueError: Shapes do not fit, or the implementation that is asked for cannot serve the request.
+      KernelError: Shapes do not go together, or the implementation that was named cannot serve this.
     """
     request = make_request(
         q, k, v, pos, scale=scale, window=window, softcap=softcap, segments=segments, past=past, statistics=statistics
     )
-    if implementation == "auto":
-        implementation = "tpu" if jax.default_backend() == "tpu" and tpu.refuse(request) is None else "xla"
-    reason = refuse(request, implementation)
-    if reason is not None:
-        raise ValueError(f"{reason}. Others: {', '.join(alternatives(request, implementation))}.")
-    if implementation == "tpu":
-        return _on_tpu(request, block)
-    return reference.prefill(request) if implementation == "reference" else xla.prefill(request, block=block)
+    name = explain(request, implementation).implementation
+    if name == "reference":
+        return reference.prefill(request)
+    if name == "xla":
+        return xla.prefill(request, block=block)
+    return _kernel(request, name, block)
 
 
-def refuse(request: Request, implementation: Implementation) -> str | None:
-    """Why an implementation cannot serve a request, in one sentence without its full stop, or None."""
-    if implementation not in ("auto", "reference", "xla", "tpu"):
-        return f'there is no implementation "{implementation}" of prefill attention'
-    return tpu.refuse(request) if implementation == "tpu" else None
+def explain(request: Request, implementation: Implementation = "auto") -> Choice:
+    """Which implementation serves a request, and why.
 
-
-def alternatives(request: Request, implementation: Implementation) -> list[str]:
-    """Other implementations that can serve the request, in quotes."""
-    names: tuple[Implementation, ...] = ("auto", "xla", "tpu", "reference")
-    return [f'"{name}"' for name in names if name != implementation and refuse(request, name) is None]
+    Raises:
+      KernelError: See `prefill_attention`.
+    """
+    return choose.choose(implementation, {name: lambda name=name: _module(name).refuse(request) for name in PALLAS})
 
 
 def causal_attention(
@@ -99,33 +97,36 @@ def causal_attention(
     return seen.out, seen.column_sums[0] if column_sums else None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _on_tpu(request: Request, block: int | None) -> Prefill:
-    """The kernels, with the gradient of the blockwise definition."""
-    return tpu.prefill(request, block=block)
+def _module(name: str) -> Any:
+    """Imported when first used, because Pallas takes its time."""
+    return importlib.import_module(f"kvjax.kernels.prefill.{name}")
 
 
-def _forward(request: Request, block: int | None) -> tuple[Prefill, Request]:
-    return _on_tpu(request, block), request
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _kernel(request: Request, name: str, block: int | None) -> Prefill:
+    """A Pallas kernel's answer, with the gradient of the blockwise definition."""
+    return _module(name).prefill(request, block=block, interpret=choose.interpreted(name))
 
 
-def _backward(block: int | None, request: Request, gradient: Prefill) -> tuple[Any]:
+def _forward(request: Request, name: str, block: int | None) -> tuple[Prefill, Request]:
+    return _kernel(request, name, block), request
+
+
+def _backward(name: str, block: int | None, request: Request, gradient: Prefill) -> tuple[Request]:
+    del name
     leaves, tree = jax.tree.flatten(request)
-    floats = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+    real = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
 
-    def run(*given: Array) -> Prefill:
-        rest = iter(given)
-        full = [next(rest) if real else leaf for leaf, real in zip(leaves, floats, strict=True)]
-        return xla.prefill(jax.tree.unflatten(tree, full), block=block)
+    def run(floats: list[Array]) -> Prefill:
+        rest = iter(floats)
+        given = [next(rest) if is_real else leaf for leaf, is_real in zip(leaves, real, strict=True)]
+        return xla.prefill(jax.tree.unflatten(tree, given), block=block)
 
-    _, pull = jax.vjp(run, *(leaf for leaf, real in zip(leaves, floats, strict=True) if real))
-    pulled = iter(pull(gradient))
-    nothing = lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0)  # noqa: E731
-    return (
-        jax.tree.unflatten(
-            tree, [next(pulled) if real else nothing(leaf) for leaf, real in zip(leaves, floats, strict=True)]
-        ),
-    )
+    _, pull = jax.vjp(run, [leaf for leaf, is_real in zip(leaves, real, strict=True) if is_real])
+    pulled = iter(pull(gradient)[0])
+    pairs = zip(leaves, real, strict=True)
+    back = [next(pulled) if is_real else np.zeros(leaf.shape, jax.dtypes.float0) for leaf, is_real in pairs]
+    return (jax.tree.unflatten(tree, back),)
 
 
-_on_tpu.defvjp(_forward, _backward)
+_kernel.defvjp(_forward, _backward)

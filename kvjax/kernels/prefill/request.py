@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from kvjax.kernels.choose import KernelError
 from kvjax.kernels.prefill.statistics import Statistics
 
 
@@ -107,29 +108,29 @@ def make_request(
     """See `prefill_attention`.
 
     Raises:
-      ValueError: Shapes do not fit each other, or packed prompts come with a past.
+      KernelError: Shapes do not go together, or packed prompts come with a past.
     """
     batch, heads, length, dim = q.shape
     kv_heads = k.shape[1]
     if heads % kv_heads or k.shape != (batch, kv_heads, length, dim) or v.shape[:3] != k.shape[:3]:
-        raise ValueError(
+        raise KernelError(
             "Keys and values are [B, H, T, D] for queries [B, H * G, T, D], values with channels of their own; got "
             f"q {q.shape}, k {k.shape}, v {v.shape}."
         )
     if pos.shape != (batch, length) or (segments is not None and segments.shape != pos.shape):
-        raise ValueError(
+        raise KernelError(
             f"Positions and segments are [B, T] = [{batch}, {length}], got {pos.shape}"
             + (f" and {segments.shape}." if segments is not None else ".")
         )
     if past is not None:
         if segments is not None:
-            raise ValueError("Packed prompts start afresh: give either segments or a past.")
+            raise KernelError("Packed prompts start afresh: give either segments or a past.")
         if (
             past.k.shape[2] != past.pos.shape[2]
             or past.k.shape[:2] != k.shape[:2]
             or past.v.shape[:3] != past.k.shape[:3]
         ):
-            raise ValueError(
+            raise KernelError(
                 "The past has keys and values [B, H, P, D] and positions [B, 1 or H, P]; got "
                 f"{past.k.shape}, {past.v.shape}, {past.pos.shape}."
             )

@@ -41,12 +41,10 @@ def refuse(request: Request) -> str | None:
         dtypes |= {request.past.k.dtype, request.past.v.dtype}
     if not dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}:
         names = ", ".join(sorted(str(dtype) for dtype in dtypes))
-        return f"the TPU kernels take bfloat16 and float32 keys and values, not {names}; cast them first"
-    if request.k.shape[-1] % 16 or request.v.shape[-1] % 16:
-        return (
-            "the TPU kernels take keys and values of a multiple of 16 channels, "
-            f"not {request.k.shape[-1]} and {request.v.shape[-1]}"
-        )
+        return f"It takes bfloat16 and float32 keys and values, not {names}: cast them first."
+    dims = request.k.shape[-1], request.v.shape[-1]
+    if any(dim % 16 for dim in dims):
+        return f"It takes keys and values of a multiple of 16 channels, not {dims[0]} and {dims[1]}."
     return None
 
 
