@@ -1,4 +1,4 @@
-"""The command line: `kvjax compare | eval | generate | bench | methods`.
+"""The command line: `kvjax compare | eval | generate | bench | bench kernels | methods`.
 
 Results go to stdout, progress and remarks to stderr. What the user got wrong is one line, `error: ...`, and exit code
 2, before anything is computed where it can be known before.
@@ -43,6 +43,14 @@ class Dtype(enum.StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class Implementation(enum.StrEnum):
+    auto = "auto"
+    tpu = "tpu"
+    gpu = "gpu"
+    xla = "xla"
+    reference = "reference"
 
 
 ModelOption = Annotated[
@@ -430,9 +438,13 @@ def _prompt(prompt: str | None, file: pathlib.Path | None) -> str:
 
 # bench
 
+bench_app = typer.Typer(rich_markup_mode="markdown")
+app.add_typer(bench_app, name="bench")
 
-@app.command()
+
+@bench_app.callback(invoke_without_command=True)
 def bench(
+    call: typer.Context,
     model: ModelOption = MODEL,
     policies: Annotated[str, typer.Option(help="Separated by semicolons; the full cache always runs along.")] = (
         "full; snapkv(512); streaming_llm(512); kivi(bits=4)"
@@ -453,15 +465,17 @@ def bench(
     `kvjax bench`
 
     `kvjax bench --policies "snapkv(256); snapkv(256) | kivi" --contexts 2048,8192 --batch 8`
+
+    `kvjax bench kernels` measures attention over stored tokens alone, without a model.
     """
+    if call.invoked_subcommand:
+        _refuse_options(call)
+        return
     with user_errors():
         from kvjax.evaluation import bench as measure, bench_table, parse_policies
 
         chosen = parse_policies(policies)
-        try:
-            lengths = [int(part) for part in contexts.replace(",", " ").split()]
-        except ValueError:
-            raise ValueError(f"--contexts are numbers separated by commas, got {contexts!r}.") from None
+        lengths = _numbers("--contexts", contexts)
         for name, value in (("--batch", batch), ("--tokens", tokens), ("--repeats", repeats)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
@@ -479,6 +493,84 @@ def bench(
     else:
         heading = f"{pathlib.PurePath(model).name} ({loaded.params['embed'].dtype}) · batch {batch}"
         _print_wide(bench_table(rows, heading))
+
+
+def _refuse_options(call: typer.Context) -> None:
+    """Options of a command that stand before the name of its subcommand would be ignored."""
+    given = [name for name in call.params if getattr(call.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    with user_errors():
+        if given:
+            name = given[0].removeprefix("as_").replace("_", "-")
+            raise ValueError(f"--{name} belongs to `kvjax bench`; options of {call.invoked_subcommand} come after it.")
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    """ "512,2048" -> [512, 2048]."""
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise ValueError(f"{option} are numbers separated by commas, got {text!r}.") from None
+
+
+@bench_app.command(name="kernels")
+def bench_kernels(
+    kinds: Annotated[str, typer.Option(help="Kinds of store, separated by commas. Default: all.")] = "",
+    contexts: Annotated[str, typer.Option(help="Stored tokens. Default: what suits the machine.")] = "",
+    batch: Annotated[str, typer.Option(help="Sequences at once; several are separated by commas.")] = "",
+    dim: Annotated[int, typer.Option(help="Channels of a head: 64, 128, 256.")] = 128,
+    heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
+    group: Annotated[int, typer.Option(help="Query heads for each KV head.")] = 4,
+    implementation: Annotated[
+        Implementation, typer.Option(help="Of the attention. auto: the one for this machine that can serve each case.")
+    ] = Implementation.auto,
+    json_file: Annotated[
+        pathlib.Path | None, typer.Option("--json", metavar="FILE", help='Write rows as JSON; "-": to stdout.')
+    ] = None,
+) -> None:
+    """Measures decode attention over every kind of store, in a minute or two, on random content.
+
+    The default shape is that of Llama 3.1 8B. A step has to read every stored byte once, so **of copy** compares bytes
+    read per second with what a plain copy moves in this run; a star marks stores that may fit the chip's cache, where
+    that says nothing. **vs dense** is the time of plain attention over keys and values in full precision (float32 on
+    CPUs, bfloat16 elsewhere) by the kernel's, **vs bf16** that of the same kernel over a bfloat16 store: above 1 is
+    faster.
+
+    **Examples**
+
+    `kvjax bench kernels`
+
+    `kvjax bench kernels --kinds int8,kivi2 --contexts 4096,65536 --batch 1,8 --json rows.json`
+    """
+    with user_errors():
+        import jax
+
+        from kvjax.evaluation import kernels
+        from kvjax.kernels import choose
+
+        names = [part.strip() for part in kinds.split(",") if part.strip()] or list(kernels.KINDS)
+        shape = {"dim": dim, "heads": heads, "group": group}
+        cases = kernels.kernel_cases(names, _numbers("--contexts", contexts), _numbers("--batch", batch), **shape)
+        asked: Any = implementation.value
+        kernels.check_implementation(cases, asked)
+    rows = []
+    with _progress("kernels") as advance:
+        bandwidth = kernels.copy_bandwidth()
+        for row in kernels.bench_kernels(cases, asked, bandwidth=bandwidth):
+            rows.append(row)
+            advance(len(rows), len(cases), f"{row['kind']} at {row['context']:,}")
+    device = choose.device_kind()
+    text = json.dumps({"device": device, "jax": jax.__version__, "copy_bytes_per_s": bandwidth, "rows": rows}, indent=1)
+    if str(json_file) == "-":
+        print(text)
+        return
+    if json_file is not None:
+        json_file.write_text(text + "\n")
+    heading = (
+        f"{device} · a copy moves {bandwidth / 1e9:.1f} GB/s · {heads} KV heads, {group} queries each, {dim} channels"
+    )
+    _print_wide(kernels.kernel_table(rows, heading))
+    for reason in kernels.reasons(rows):
+        console.print(reason, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 # methods
