@@ -82,7 +82,7 @@ def refuse(request: Request) -> str | None:
         return "There are no stored slots: attend to the new tokens alone."
     stores = {"keys": request.k} | ({} if request.v is None else {"values": request.v})
     for name, x in stores.items():
-        if reason := refuse_vectors(x, _padded(request.q.shape[2], SUBLANES)):
+        if reason := refuse_vectors(x, padded(request.q.shape[2], SUBLANES)):
             return f"The {name}: {reason}"
     return None
 
@@ -124,14 +124,14 @@ def check_block(request: Request, block: int) -> str | None:
 def default_block(request: Request) -> int:
     """Slots per step, from shapes alone: as many as fast memory holds twice, with what they become on the way."""
     packed = all(0 < x.bits <= 4 for x in (request.k, request.v) if x is not None)
-    block = min(4096 if packed else 2048, _padded(request.k.slots, LANES))
+    block = min(4096 if packed else 2048, padded(request.k.slots, LANES))
     while block > LANES and (block * _bytes_per_slot(request) > VMEM or check_block(request, block)):
-        block = _padded(block // 2, LANES)
+        block = padded(block // 2, LANES)
     return block
 
 
 def _bytes_per_slot(request: Request) -> float:
-    rows, item = _padded(request.q.shape[2], SUBLANES), request.q.dtype.itemsize
+    rows, item = padded(request.q.shape[2], SUBLANES), request.q.dtype.itemsize
     total = 0.0
     for x in (request.k, request.v):
         if x is not None:
@@ -228,7 +228,7 @@ def _halves(request: Request) -> bool:
     return any(x.dtype == jnp.float16 for x in jax.tree.leaves((request.k, request.v)))
 
 
-def _padded(n: int, unit: int) -> int:
+def padded(n: int, unit: int) -> int:
     return pl.cdiv(n, unit) * unit
 
 
@@ -236,23 +236,23 @@ def _spread(x: Vectors) -> int:
     return 0 if x.scale is None else x.scale.shape[3]
 
 
-def _tokens_on_lanes(shape: tuple[int, ...]) -> bool:
+def tokens_on_lanes(shape: tuple[int, ...]) -> bool:
     """Whether XLA puts axis 2 of [B, H, S, D] on lanes: where that pads less."""
     s, d = shape[2:]
-    return _padded(d, SUBLANES) * _padded(s, LANES) < _padded(s, SUBLANES) * _padded(d, LANES)
+    return padded(d, SUBLANES) * padded(s, LANES) < padded(s, SUBLANES) * padded(d, LANES)
 
 
 def form_of(x: Vectors, block: int) -> Form:
     """How a block of so many slots looks."""
     tokens, _ = x.group
     turn = x.bits > 0 and x.codes.shape[3] % LANES == 0
-    lanes = x.bits > 0 or _tokens_on_lanes(x.codes.shape)
+    lanes = x.bits > 0 or tokens_on_lanes(x.codes.shape)
     form = Form(dim=x.dim, lanes=lanes, turn=turn, bits=x.bits, zero=x.zero is not None)
     if x.scale is None:
         return form
     if tokens == 1:
         return dataclasses.replace(form, spread=x.scale.shape[3])
-    groups, lanes = x.scale.shape[2], _tokens_on_lanes(x.scale.shape)
+    groups, lanes = x.scale.shape[2], tokens_on_lanes(x.scale.shape)
     unit = LANES if lanes else SUBLANES
     used = max(block // tokens, 1) if tokens < x.slots else 1
     stored = min(used if used % unit == 0 else unit, groups)
@@ -262,7 +262,7 @@ def form_of(x: Vectors, block: int) -> Form:
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _call(request: Request, block: int, steps: int, splits: int, interpret: Any):
     batch, heads, n, _ = request.q.shape
-    rows = _padded(n, SUBLANES)
+    rows = padded(n, SUBLANES)
     tail = None if request.tail is None else _pad_tail(request.tail)
     plan = Plan(
         block=block,
@@ -270,8 +270,8 @@ def _call(request: Request, block: int, steps: int, splits: int, interpret: Any)
         splits=splits,
         k=form_of(request.k, block),
         v=None if request.v is None else form_of(request.v, block),
-        tail_k=None if tail is None else Form(dim=tail.k.shape[3], lanes=_tokens_on_lanes(tail.k.shape)),
-        tail_v=None if tail is None else Form(dim=tail.v.shape[3], lanes=_tokens_on_lanes(tail.v.shape)),
+        tail_k=None if tail is None else Form(dim=tail.k.shape[3], lanes=tokens_on_lanes(tail.k.shape)),
+        tail_v=None if tail is None else Form(dim=tail.v.shape[3], lanes=tokens_on_lanes(tail.v.shape)),
         window=request.window,
         softcap=request.softcap,
         logits=request.logits,
@@ -320,7 +320,7 @@ def _call(request: Request, block: int, steps: int, splits: int, interpret: Any)
 
 def _pad_tail(tail: Tail) -> Tail:
     """At least a full tile of tokens."""
-    more = _padded(tail.pos.shape[2], SUBLANES) - tail.pos.shape[2]
+    more = padded(tail.pos.shape[2], SUBLANES) - tail.pos.shape[2]
     k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (tail.k, tail.v))
     return Tail(k=k, v=v, pos=jnp.pad(tail.pos, ((0, 0), (0, 0), (0, more)), constant_values=-1))
 

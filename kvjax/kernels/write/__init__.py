@@ -1,0 +1,1 @@
+"""Writing a few new tokens into their slots, in place."""
