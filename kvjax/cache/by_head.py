@@ -60,9 +60,17 @@ class ByHead(Layer):
         pos, k, v = zip(*(group.held(spec) for group in self.groups), strict=True)
         return self._padded(list(pos), EMPTY), self._padded(list(k), 0), self._padded(list(v), 0)
 
-    def read(self, new: Tokens, spec: LayerSpec, shared: Any = None) -> Part:
+    def read(self, new: Tokens, spec: LayerSpec, shared: Any = None, *, logits: bool = False) -> Part:
+        del logits
         pairs = zip(self.groups, self.heads, strict=True)
-        parts = [group.read(of_heads(new, heads), spec, shared) for group, heads in pairs]
+        return self._joined([group.read(of_heads(new, heads), spec, shared) for group, heads in pairs])
+
+    def read_both(self, new: Tokens, spec: LayerSpec, shared: Any = None, *, logits: bool = False) -> Part:
+        del logits
+        pairs = zip(self.groups, self.heads, strict=True)
+        return self._joined([group.read_both(of_heads(new, heads), spec, shared) for group, heads in pairs])
+
+    def _joined(self, parts: list[Part]) -> Part:
         return Part(out=self._together([p.out for p in parts]), lse=self._together([p.lse for p in parts]))
 
     def sees(self, q_pos: Array, k_pos: Array, mask: Array) -> Array:

@@ -65,8 +65,12 @@ class Demoting(Layer):
         pos, k, v = zip(self.low.held(spec), self.high.held(spec), strict=True)
         return jnp.concatenate(pos, 2), jnp.concatenate(k, 2), jnp.concatenate(v, 2)
 
-    def read(self, new: Tokens, spec: LayerSpec, shared: Any = None) -> Part:
-        return merge([self.low.read(new, spec, shared), self.high.read(new, spec, shared)])
+    def read(self, new: Tokens, spec: LayerSpec, shared: Any = None, *, logits: bool = False) -> Part:
+        return merge([tier.read(new, spec, shared, logits=logits) for tier in (self.low, self.high)])
+
+    def read_both(self, new: Tokens, spec: LayerSpec, shared: Any = None, *, logits: bool = False) -> Part:
+        low = self.low.read(new, spec, shared, logits=logits)
+        return merge([low, self.high.read_both(new, spec, shared, logits=logits)])
 
     def append(self, new: Tokens, marks: Array | None = None) -> "Demoting":
         return dataclasses.replace(self, high=self.high.append(new, marks))

@@ -11,16 +11,19 @@ As soon as R are together they become a block of their own, so nothing is ever c
 
 import dataclasses
 import typing
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from kvjax.cache.grouped import put_vectors
 from kvjax.cache.layer import Layer
 from kvjax.cache.slots import put_slots, take_slots
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
-from kvjax.kernels.packing import expand, pack, round_to_nearest, unpack
-from kvjax.kernels.parts import dot_keys, dot_values, fold
+from kvjax.kernels import Part, Tail, Vectors, decode_attention, merge
+from kvjax.kernels.packing import pack, round_to_nearest
+from kvjax.kernels.parts import fold, part_weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,83 +65,97 @@ class GearRecipe:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """N blocks of T tokens of keys or of values. Rows [R, E]: of keys [D, T], a row per channel; of values [T, D].
+    """N blocks of T tokens of keys or of values.
 
     Attributes:
-      words: Codes, packed along rows [B, H, N, R, E / per] int32.
-      scale, zero: [B, H or 1, N, R, E / group].
-      outliers: Kept entries, [B, H, N, D, n] of keys and [B, 1, N, T, n] of values.
+      packed: D, the backbone [B, H, N * T, D]; groups are of tokens for keys, of channels for values.
+      outliers: S, kept entries: [B, H, N, D, n] of a key channel, [B, 1, N, T, n] of a value's token over all heads.
       index: Where they stand: token of the block, or head * D + channel; beyond the last where there is none.
       left, right: Factors of L: [B, H, N, T, r] and [B, H, N, D, r].
-      bits, keys: Width of a code; whether these are keys.
+      keys: Whether these are keys.
     """
 
-    words: Array
-    scale: Array
-    zero: Array
+    packed: Vectors
     outliers: Array
     index: Array
     left: Array
     right: Array
-    bits: int = static()
     keys: bool = static()
 
-    def dense(self) -> Array:
-        """D + S: [B, H, N, T, D] float32."""
-        codes = unpack(self.words, self.bits).astype(jnp.float32)
-        scale, zero = self.scale.astype(jnp.float32), self.zero.astype(jnp.float32)
-        group = codes.shape[-1] // scale.shape[-1]
-        rows = codes * expand(scale, group, -1) + expand(zero, group, -1)
-        if self.outliers.shape[-1]:
-            rows = self._restore(rows)
-        return jnp.swapaxes(rows, -1, -2) if self.keys else rows
-
-    def _restore(self, rows: Array) -> Array:
-        """Rows [B, H, N, R, E] with the outliers back in their places."""
-        size = rows.shape[-1]
+    def _places(self) -> tuple[Array, Array, Array, Array]:
+        """Batch, head, slot and channel of every outlier, which broadcast to the shape of `index`."""
+        tokens, dim = self.left.shape[3], self.right.shape[3]
+        batch, head, block, row, _ = jnp.ix_(*(jnp.arange(n, dtype=jnp.int32) for n in self.index.shape))
         index = self.index.astype(jnp.int32)
-        axes = jnp.ix_(*(jnp.arange(m, dtype=jnp.int32) for m in index.shape[:4]))
-        b, h, n, r = (axis[..., None] for axis in axes)
-        head, entry = (h, index) if self.keys else (index // size, index % size)
-        return rows.at[b, head, n, r, entry].set(self.outliers.astype(rows.dtype), mode="drop")
+        if self.keys:
+            slot = jnp.where(index < tokens, block * tokens + index, self.packed.slots)
+            return batch, head, slot, row
+        return batch, index // dim, block * tokens + row, index % dim
 
-    def dot(self, q: Array) -> Array:
-        """q [B, H, M, D] with every key: [B, H, M, N * T] float32."""
-        rank = self.left.shape[-1]
-        out = dot_keys(q, self._flat(self.dense()).astype(q.dtype))
-        if not rank:
-            return out
-        near = jnp.einsum("bhmd,bhndr->bhmnr", q.astype(jnp.float32), self.right.astype(jnp.float32))
-        low = jnp.einsum("bhmnr,bhntr->bhmnt", near, self.left.astype(jnp.float32))
-        return out + low.reshape(out.shape)
+    def _beyond(self) -> Array:
+        """What outliers have beyond the backbone in their place, zero where there is none; shaped as `index`."""
+        tokens, heads, dim = self.left.shape[3], self.left.shape[1], self.right.shape[3]
+        there = self.index < (tokens if self.keys else heads * dim)
+        return jnp.where(there, self.outliers.astype(jnp.float32) - self.packed.at(*self._places()), 0.0)
 
-    def mix(self, p: Array) -> Array:
-        """Values weighted by p [B, H, M, N * T]: [B, H, M, D] float32."""
-        blocks, tokens, rank = self.left.shape[2:]
-        out = dot_values(p, self._flat(self.dense()))
-        if not rank:
-            return out
-        weights = p.astype(jnp.float32).reshape(*p.shape[:3], blocks, tokens)
-        near = jnp.einsum("bhmnt,bhntr->bhmnr", weights, self.left.astype(jnp.float32))
-        return out + jnp.einsum("bhmnr,bhndr->bhmd", near, self.right.astype(jnp.float32))
+    def dense(self) -> Array:
+        """D + S: [B, H, N * T, D] float32."""
+        return self.packed.decode().at[self._places()].set(self.outliers.astype(jnp.float32), mode="drop")
 
     def read_back(self) -> Array:
         """D + S + L: [B, H, N * T, D] float32."""
         low = jnp.einsum("bhntr,bhndr->bhntd", self.left.astype(jnp.float32), self.right.astype(jnp.float32))
-        return self._flat(self.dense() + low)
+        return self.dense() + low.reshape(self.packed.codes.shape[:3] + low.shape[-1:])
 
-    def _flat(self, x: Array) -> Array:
-        """[B, H, N, T, D] -> [B, H, N * T, D]."""
-        return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], x.shape[4])
+    def more_logits(self, q: Array) -> Array:
+        """What S and L add to the products of q [B, H, M, D] with the keys of D: [B, H, M, N * T] float32."""
+        q, slots = q.astype(jnp.float32), self.packed.slots
+        near = jnp.einsum("bhmd,bhndr->bhmnr", q, self.right.astype(jnp.float32))
+        low = jnp.einsum("bhmnr,bhntr->bhmnt", near, self.left.astype(jnp.float32))
+        low = low.reshape(*q.shape[:3], slots)
+        if not self.outliers.shape[-1]:
+            return low
+        batch, head, slot, _ = self._places()
+        # One entry of the index moves a whole column of queries.
+        each = self._beyond()[..., None] * jnp.swapaxes(q, 2, 3)[:, :, None, :, None]
+        sparse = jnp.zeros((*q.shape[:2], slots, q.shape[2])).at[batch, head, slot].add(each, mode="drop")
+        return low + jnp.swapaxes(sparse, 2, 3)
+
+    def more_output(self, p: Array) -> Array:
+        """What S and L add to the values of D weighted by p [B, H, M, N * T]: [B, H, M, D] float32."""
+        (batch, heads, rows, _), (blocks, tokens, dim) = p.shape, (*self.left.shape[2:4], self.right.shape[3])
+        split = p.reshape(batch, heads, rows, blocks, tokens)
+        near = jnp.einsum("bhmnt,bhntr->bhmnr", split, self.left.astype(jnp.float32))
+        low = jnp.einsum("bhmnr,bhndr->bhmd", near, self.right.astype(jnp.float32))
+        if not self.outliers.shape[-1]:
+            return low
+        b, head, slot, channel = self._places()
+        weights = jnp.swapaxes(p, 2, 3).at[b, head, slot].get(mode="clip")  # [B, 1, N, T, n, M].
+        out = (
+            jnp.zeros((batch, heads, dim, rows))
+            .at[b, head, channel]
+            .add(self._beyond()[..., None] * weights, mode="drop")
+        )
+        return low + jnp.swapaxes(out, 2, 3)
 
     def put(self, block: Array, new: "Blocks") -> "Blocks":
         """Overwrites block [B] with a new one (N = 1); beyond the last nothing is written."""
-        return jax.tree.map(lambda leaf, value: put_slots(leaf, block[:, None, None], value), self, new)
+        block = block[:, None, None]
+        leaves = {name: put_slots(getattr(self, name), block, getattr(new, name)) for name in PER_BLOCK}
+        packed = put_vectors(self.packed, block * self.left.shape[3], new.packed)
+        return dataclasses.replace(self, packed=packed, **leaves)
 
-    def resize(self, blocks: int) -> "Blocks":
-        """Room for so many blocks in all."""
-        more = lambda leaf: jnp.pad(leaf, ((0, 0), (0, 0), (0, blocks - leaf.shape[2]), (0, 0), (0, 0)))  # noqa: E731
-        return jax.tree.map(more, self)
+    def resize(self, blocks: int, one: "Blocks") -> "Blocks":
+        """Room for so many blocks in all; `one` has the shapes of a block."""
+
+        def more(leaf: Array, of_one: Array) -> Array:
+            extra = blocks * of_one.shape[2] - leaf.shape[2]
+            return jnp.pad(leaf, ((0, 0), (0, 0), (0, extra)) + ((0, 0),) * (leaf.ndim - 3))
+
+        return jax.tree.map(more, self, one)
+
+
+PER_BLOCK = ("outliers", "index", "left", "right")  # Leaves with a block on the third axis.
 
 
 def find_outliers(rows: Array, number: int, counts: Array, held: Array) -> tuple[Array, Array]:
@@ -205,21 +222,19 @@ def compress_block(x: Array, held: Array, recipe: GearRecipe, start: Array, keys
     else:
         codes, scale, zero = round_to_nearest(smooth, recipe.bits, entries, -1, dtype)
         codes = by_head(codes)
+    if keys:
+        codes, scale, zero = (jnp.swapaxes(x, -1, -2) for x in (codes, scale, zero))
     block = Blocks(
-        words=pack(codes, recipe.bits),
-        scale=scale,
-        zero=zero,
-        outliers=outliers.astype(dtype),
-        index=index.astype(jnp.uint16 if entries < 2**16 else jnp.int32),
-        left=jnp.zeros((batch, heads, tokens, 0), dtype),
-        right=jnp.zeros((batch, heads, dim, 0), dtype),
-        bits=recipe.bits,
+        packed=Vectors(codes=pack(codes, recipe.bits), scale=scale, zero=zero, bits=recipe.bits),
+        outliers=outliers.astype(dtype)[:, :, None],
+        index=index.astype(jnp.uint16 if entries < 2**16 else jnp.int32)[:, :, None],
+        left=jnp.zeros((batch, heads, 1, tokens, 0), dtype),
+        right=jnp.zeros((batch, heads, 1, dim, 0), dtype),
         keys=keys,
     )
-    block = jax.tree.map(lambda leaf: leaf[:, :, None], block)
     if not start.shape[-1]:
         return block
-    error = jnp.where(held[:, None, :, None], x - block.dense()[:, :, 0], 0.0)
+    error = jnp.where(held[:, None, :, None], x - block.dense(), 0.0)
     left, right = (f.astype(dtype)[:, :, None] for f in power_iteration(error, start, recipe.loops))
     return dataclasses.replace(block, left=left, right=right)
 
@@ -270,15 +285,31 @@ class GearSlots(Layer):
         """The buffer's last place stays free unless there is a block for what it would complete."""
         return (self.blocks - self.used) * self.recipe.buffer + self.recipe.buffer - 1 - self.buffered
 
-    def logits(self, new: Tokens, spec: LayerSpec) -> Array:
-        q = fold(new.q * spec.scale, self.k_buffer.shape[1])
-        return jnp.concatenate([*(block.dot(q) for block in self.k), dot_keys(q, self.k_buffer)], -1)
+    def read(self, new: Tokens, spec: LayerSpec, shared: Any = None, *, logits: bool = False) -> Part:
+        return self._ask(new, spec, None, logits)
 
-    def mix(self, p: Array) -> Array:
-        end = p.shape[-1] - self.recipe.buffer
-        first, later, recent = jnp.split(p, (self.first, end), -1)
-        out = self.v[0].mix(first) + self.v[1].mix(later)
-        return out + dot_values(recent, self.v_buffer.astype(p.dtype))
+    def read_both(self, new: Tokens, spec: LayerSpec, shared: Any = None, *, logits: bool = False) -> Part:
+        return self._ask(new, spec, Tail(k=new.k, v=new.v, pos=new.pos[:, None]), logits)
+
+    def _ask(self, new: Tokens, spec: LayerSpec, tail: Tail | None, logits: bool) -> Part:
+        cuts = self.first, self.pos.shape[-1] - self.recipe.buffer
+        of_blocks, buffered = jnp.split(self.pos, cuts, -1)[:2], self.pos[..., cuts[1] :]
+        pairs = zip(self.k, self.v, of_blocks, strict=True)
+        parts = [read_blocks(new, spec, k, v, pos) for k, v, pos in pairs if pos.shape[-1]]
+        rest = decode_attention(
+            new.q,
+            self.k_buffer,
+            self.v_buffer,
+            scale=spec.scale,
+            q_pos=new.pos,
+            pos=buffered,
+            window=spec.window,
+            softcap=spec.softcap,
+            tail=tail,
+            logits=logits,
+            implementation=spec.kernels,
+        )
+        return merge([*parts, rest])
 
     def held(self, spec: LayerSpec) -> tuple[Array, Array, Array]:
         del spec
@@ -317,9 +348,8 @@ class GearSlots(Layer):
     def _flush(self, full: Array) -> "GearSlots":
         """The buffer becomes a block in rows where it is full [B]."""
         size, total, recipe = self.recipe.buffer, self.pos.shape[-1], self.recipe
-        heads, dims = self.k_buffer.shape[1], (self.k_buffer.shape[3], self.v_buffer.shape[3])
         held = jnp.broadcast_to(full[:, None], (full.shape[0], size))
-        block, starts = jnp.where(full, self.used, self.blocks), recipe.starts(heads, dims, recipe.ranks[1])
+        block, starts = jnp.where(full, self.used, self.blocks), self._starts()
         k, v = (
             (first, later.put(block, compress_block(x, held, recipe, start, keys)))
             for (first, later), x, start, keys in zip(
@@ -332,20 +362,53 @@ class GearSlots(Layer):
         source = jnp.where(full[:, None], total - size + offset, total)[:, None]
         return dataclasses.replace(self, k=k, v=v, pos=put_slots(pos, source, EMPTY))
 
+    def _starts(self) -> tuple[Array, Array]:
+        """Of the power iterations for later blocks."""
+        dims = self.k_buffer.shape[3], self.v_buffer.shape[3]
+        return self.recipe.starts(self.k_buffer.shape[1], dims, self.recipe.ranks[1])
+
     def reserve(self, slots: int) -> "GearSlots":
         extra = -(-slots // self.recipe.buffer)
         split = self.pos.shape[-1] - self.recipe.buffer
         wide = jnp.pad(self.pos[..., :split], ((0, 0), (0, 0), (0, extra * self.recipe.buffer)), constant_values=EMPTY)
-        k, v = ((first, later.resize(self.blocks + extra)) for first, later in (self.k, self.v))
+        k, v = (
+            (first, later.resize(self.blocks + extra, _shapes(x, self.recipe, start, keys)))
+            for (first, later), x, start, keys in zip(
+                (self.k, self.v), (self.k_buffer, self.v_buffer), self._starts(), (True, False), strict=True
+            )
+        )
         return dataclasses.replace(self, k=k, v=v, pos=jnp.concatenate([wide, self.pos[..., split:]], -1))
+
+
+def read_blocks(new: Tokens, spec: LayerSpec, k: Blocks, v: Blocks, pos: Array) -> Part:
+    """Attention over blocks: the backbone by the kernel, which takes and hands out what outliers and factors need."""
+    part = decode_attention(
+        new.q,
+        k.packed,
+        v.packed,
+        scale=spec.scale,
+        q_pos=new.pos,
+        pos=pos,
+        window=spec.window,
+        softcap=spec.softcap,
+        bias=k.more_logits(fold(new.q * spec.scale, k.left.shape[1])),
+        logits=True,
+        implementation=spec.kernels,
+    )
+    return dataclasses.replace(part, out=part.out + v.more_output(part_weights(part)))
+
+
+def _shapes(x: Array, recipe: GearRecipe, start: Array, keys: bool) -> Blocks:
+    """Of a block of the buffer's size: abstract arrays."""
+    shape = jax.ShapeDtypeStruct((*x.shape[:2], recipe.buffer, x.shape[3]), x.dtype)
+    held = jax.ShapeDtypeStruct((x.shape[0], recipe.buffer), jnp.bool_)
+    return jax.eval_shape(lambda x, held: compress_block(x, held, recipe, start, keys), shape, held)
 
 
 def _empty(x: Array, recipe: GearRecipe, start: Array, keys: bool) -> Blocks:
     """No blocks (N = 0) of the buffer's size."""
-    shape = jax.ShapeDtypeStruct((*x.shape[:2], recipe.buffer, x.shape[3]), x.dtype)
-    held = jax.ShapeDtypeStruct((x.shape[0], recipe.buffer), jnp.bool_)
-    block = jax.eval_shape(lambda x, held: compress_block(x, held, recipe, start, keys), shape, held)
-    return jax.tree.map(lambda leaf: jnp.zeros((*leaf.shape[:2], 0, *leaf.shape[3:]), leaf.dtype), block)
+    one = _shapes(x, recipe, start, keys)
+    return jax.tree.map(lambda leaf: jnp.zeros((*leaf.shape[:2], 0, *leaf.shape[3:]), leaf.dtype), one)
 
 
 def make_gear(k: Array, v: Array, pos: Array, recipe: GearRecipe) -> GearSlots:

@@ -5,78 +5,36 @@ outlier channels get scales of their own. Values are quantized per token, over `
 of R tokens stays as it is: keys until R of them are together and are quantized at once, values until R newer ones have
 come (Liu et al., KIVI, arXiv 2402.02750, section 3 and algorithm 1).
 
-Tokens lie in the order they were appended. With n tokens held, keys of the first `n - n % R` and values of the
-first `n - R` are packed; the rest stand in the residual, token t at slot `t % R`.
+Tokens lie in the order they were appended. With n tokens held, keys of the first `n - n % R` and values of the first
+`n - R` are packed; the rest stand in the residual, token t at slot `t % R`. Words hold codes along channels, whatever
+the groups (the authors pack keys along tokens): the same bytes, and one order for all kernels.
 """
 
 import dataclasses
 import typing
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from kvjax.cache.codec import pack_vectors
 from kvjax.cache.layer import Layer
 from kvjax.cache.slots import put_slots, take_slots
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
-from kvjax.kernels.packing import expand, pack, round_to_nearest, unpack
-from kvjax.kernels.parts import dot_keys, dot_values, fold
+from kvjax.kernels import Part, Tail, Vectors, decode_attention
 
 
-@typing.no_type_check
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Packs:
-    """Packed vectors: `x ~ code * scale + zero`.
+def put_vectors(old: Vectors, token: Array, new: Vectors) -> Vectors:
+    """Overwrites tokens from token [B, 1, 1] on with new ones, whole groups; beyond the end nothing is written."""
+    if not old.slots:
+        return old
 
-    Attributes:
-      words: int32; keys [B, H, S / per, D] (packed along tokens), values [B, H, S, D / per] (along channels).
-      scale, zero: Keys [B, H, S / group, D], values [B, H, S, D / group].
-      axis: The axis that is packed and grouped: -2 for keys, -1 for values.
-    """
+    def write(leaf: Array, value: Array) -> Array:
+        entry = token // (old.slots // leaf.shape[2])
+        return put_slots(leaf, entry + jnp.arange(value.shape[2], dtype=jnp.int32), value)
 
-    words: Array
-    scale: Array
-    zero: Array
-    bits: int = static()
-    group: int = static()
-    axis: int = static()
-
-    def decode(self) -> Array:
-        """[B, H, S, D] float32."""
-        scale, zero = (expand(x.astype(jnp.float32), self.group, self.axis) for x in (self.scale, self.zero))
-        return unpack(self.words, self.bits, self.axis).astype(jnp.float32) * scale + zero
-
-    @property
-    def tokens_per_entry(self) -> dict[str, int]:
-        """How many tokens share one entry of each leaf's third axis."""
-        groups = (32 // self.bits, self.group) if self.axis == -2 else (1, 1)
-        return {"words": groups[0], "scale": groups[1], "zero": groups[1]}
-
-    def put(self, token: Array, new: "Packs") -> "Packs":
-        """Overwrites tokens from token [B, 1, 1] on with new ones; beyond the end nothing is written."""
-
-        def write(name, tokens):
-            value = getattr(new, name)
-            index = token // tokens + jnp.arange(value.shape[2], dtype=jnp.int32)
-            return put_slots(getattr(self, name), index, value)
-
-        return dataclasses.replace(self, **{name: write(name, n) for name, n in self.tokens_per_entry.items()})
-
-    def resize(self, tokens: int) -> "Packs":
-        """Room for so many tokens in all."""
-
-        def pad(leaf, per_entry):
-            return jnp.pad(leaf, ((0, 0), (0, 0), (0, tokens // per_entry - leaf.shape[2]), (0, 0)))
-
-        leaves = {name: pad(getattr(self, name), n) for name, n in self.tokens_per_entry.items()}
-        return dataclasses.replace(self, **leaves)
-
-
-def pack_vectors(x: Array, bits: int, group: int, axis: int, scale_dtype: str) -> Packs:
-    """x [B, H, S, D] in groups along axis (-2 tokens, -1 channels)."""
-    codes, scale, zero = round_to_nearest(x, bits, group, axis, jnp.dtype(scale_dtype))
-    return Packs(words=pack(codes, bits, axis), scale=scale, zero=zero, bits=bits, group=group, axis=axis)
+    return jax.tree.map(write, old, new)
 
 
 @typing.no_type_check
@@ -86,16 +44,19 @@ class GroupedSlots(Layer):
     """One layer in KIVI's layout.
 
     Attributes:
-      k, v: Packed tokens; capacity S, a multiple of the residual.
+      k, v: Packed tokens; capacity S, a multiple of the residual. Scales and zeros of keys [B, H, S / group, D], of
+        values [B, H, S, D / group].
       k_recent, v_recent: The residual [B, H, R, D], in the model's dtype.
       order: Position of every token, in the order of arrival [B, 1 or H, S + R] int32, `EMPTY` where there is none.
+      group: Tokens (keys) or channels (values) that share a scale.
     """
 
-    k: Packs
-    v: Packs
+    k: Vectors
+    v: Vectors
     k_recent: Array
     v_recent: Array
     order: Array
+    group: int = static()
 
     @property
     def residual(self) -> int:
@@ -119,43 +80,73 @@ class GroupedSlots(Layer):
     def room(self) -> Array:
         return self.capacity - self.count
 
-    def _recent_tokens(self) -> tuple[Array, Array]:
-        """Tokens (by order) in the residual of keys: [B, 1, R]; and how many keys are packed: [B, 1, 1]."""
-        packed = (self.count - self.count % self.residual)[:, None, None]
-        return packed + jnp.arange(self.residual, dtype=jnp.int32), packed
+    @property
+    def old(self) -> Array:
+        """Tokens whose keys and values are both packed, per row [B] int32; the rest are the residual's."""
+        return jnp.maximum(self.count - self.residual, 0)
 
     @property
     def pos(self) -> Array:
-        """Of [packed slots | residual slots], as `logits` has them."""
-        recent, packed = self._recent_tokens()
+        """Of [packed slots | residual slots]."""
         order = self.order[..., : self.packed_capacity]
-        held = jnp.arange(self.packed_capacity, dtype=jnp.int32) < packed
-        tail = take_slots(self.order, jnp.minimum(recent, self.order.shape[-1] - 1))
-        tail = jnp.where(recent < self.order.shape[-1], tail, EMPTY)
-        return jnp.concatenate([jnp.where(held, order, EMPTY), tail], -1)
+        packed = jnp.arange(self.packed_capacity, dtype=jnp.int32) < self.old[:, None, None]
+        return jnp.concatenate([jnp.where(packed, order, EMPTY), self._recent_pos()], -1)
 
-    def logits(self, new: Tokens, spec: LayerSpec) -> Array:
-        q = fold(new.q * spec.scale, self.k_recent.shape[1])
-        return jnp.concatenate([dot_keys(q, self.k.decode().astype(q.dtype)), dot_keys(q, self.k_recent)], -1)
+    def _recent_tokens(self) -> Array:
+        """The token at each slot of the residual, by its order [B, 1, R] int32; negative where there is none."""
+        last, slot = self.count[:, None, None] - 1, jnp.arange(self.residual, dtype=jnp.int32)
+        return last - (last - slot) % self.residual
 
-    def mix(self, p: Array) -> Array:
-        """Keys and values part at different tokens: weights of the last R are gathered for the values' residual."""
-        size, residual, count = self.packed_capacity, self.residual, self.count[:, None, None]
-        _, packed = self._recent_tokens()
-        slot = jnp.arange(residual, dtype=jnp.int32)
-        token = count - 1 - (count - 1 - slot) % residual  # The last token at each residual slot, [B, 1, R].
-        where = jnp.where(token < packed, token, size + token - packed)
-        recent = jnp.take_along_axis(p, jnp.broadcast_to(where[:, :, None], (*p.shape[:3], residual)) % p.shape[-1], -1)
-        recent = jnp.where((token >= 0)[:, :, None], recent, 0.0)
-        old = jnp.where((jnp.arange(size) < count - residual)[:, :, None], p[..., :size], 0.0)
-        return dot_values(old, self.v.decode()) + dot_values(recent, self.v_recent.astype(p.dtype))
+    def _recent_pos(self) -> Array:
+        token = self._recent_tokens()
+        return jnp.where(token >= 0, take_slots(self.order, jnp.maximum(token, 0)), EMPTY)
+
+    def _recent_keys(self) -> Array:
+        """Keys of the residual's tokens [B, H, R, D]: the last group of R that is packed still holds the older ones."""
+        if not self.packed_capacity:
+            return self.k_recent
+        token, residual = self._recent_tokens(), self.residual
+        packed = (self.count - self.count % residual)[:, None, None]
+        start = jnp.maximum(packed - residual, 0)
+
+        def cut(leaf: Array) -> Array:
+            tokens = self.packed_capacity // leaf.shape[2]
+            return take_slots(leaf, start // tokens + jnp.arange(residual // tokens, dtype=jnp.int32))
+
+        block = jax.tree.map(cut, self.k).decode().astype(self.k_recent.dtype)
+        return jnp.where((token < packed)[..., None], block, self.k_recent)
+
+    def _tail(self) -> Tail:
+        return Tail(k=self._recent_keys(), v=self.v_recent, pos=self._recent_pos())
+
+    def read(self, new: Tokens, spec: LayerSpec, shared: Any = None, *, logits: bool = False) -> Part:
+        return self._ask(new, spec, self._tail(), logits)
+
+    def read_both(self, new: Tokens, spec: LayerSpec, shared: Any = None, *, logits: bool = False) -> Part:
+        own = Tail(k=new.k, v=new.v, pos=jnp.broadcast_to(new.pos[:, None], (*self.order.shape[:2], new.pos.shape[1])))
+        tail = jax.tree.map(lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], 2), self._tail(), own)
+        return self._ask(new, spec, tail, logits)
+
+    def _ask(self, new: Tokens, spec: LayerSpec, tail: Tail, logits: bool) -> Part:
+        return decode_attention(
+            new.q,
+            self.k,
+            self.v,
+            self.old,
+            scale=spec.scale,
+            q_pos=new.pos,
+            pos=self.order[..., : self.packed_capacity] if spec.window else None,
+            window=spec.window,
+            softcap=spec.softcap,
+            tail=tail,
+            logits=logits,
+            implementation=spec.kernels,
+        )
 
     def held(self, spec: LayerSpec) -> tuple[Array, Array, Array]:
         del spec
-        k = jnp.concatenate([self.k.decode(), self.k_recent.astype(jnp.float32)], 2)
-        slots, heads = self.pos.shape[-1], k.shape[1]
-        # Keys and values part at different tokens: `mix` knows which value belongs to which slot.
-        v = self.mix(jnp.broadcast_to(jnp.eye(slots), (k.shape[0], heads, slots, slots)))
+        k = jnp.concatenate([self.k.decode(), self._recent_keys().astype(jnp.float32)], 2)
+        v = jnp.concatenate([self.v.decode(), self.v_recent.astype(jnp.float32)], 2)
         return jnp.broadcast_to(self.pos, k.shape[:3]), k, v
 
     def append(self, new: Tokens, marks: Array | None = None) -> "GroupedSlots":
@@ -177,10 +168,11 @@ class GroupedSlots(Layer):
         # The value that leaves the residual is packed first: the new one takes its slot.
         leaving = take_slots(self.v_recent, jnp.minimum(slot, residual - 1))
         target = jnp.where(fits[:, None, None] & (n >= residual), n - residual, self.packed_capacity)
-        old = pack_vectors(leaving, self.v.bits, self.v.group, -1, self.v.scale.dtype.name)
+        assert self.k.scale is not None and self.v.scale is not None
+        old = pack_vectors(leaving, self.v.bits, self.group, -1, self.v.scale.dtype.name)
         layer = dataclasses.replace(
             self,
-            v=self.v.put(target, old),
+            v=put_vectors(self.v, target, old),
             k_recent=put_slots(self.k_recent, slot, k),
             v_recent=put_slots(self.v_recent, slot, v),
             order=put_slots(self.order, n, jnp.broadcast_to(pos[:, None, None], (*self.order.shape[:2], 1))),
@@ -189,16 +181,22 @@ class GroupedSlots(Layer):
 
         def flush(layer):
             start = jnp.where(full, self.count + 1 - residual, layer.packed_capacity)[:, None, None]
-            keys = pack_vectors(layer.k_recent, layer.k.bits, layer.k.group, -2, layer.k.scale.dtype.name)
-            return dataclasses.replace(layer, k=layer.k.put(start, keys))
+            keys = pack_vectors(layer.k_recent, layer.k.bits, layer.group, -2, layer.k.scale.dtype.name)
+            return dataclasses.replace(layer, k=put_vectors(layer.k, start, keys))
 
         return lax.cond(full.any(), flush, lambda layer: layer, layer)
 
     def reserve(self, slots: int) -> "GroupedSlots":
-        tokens = self.packed_capacity + -(-slots // self.residual) * self.residual
-        extra = tokens - self.packed_capacity
+        extra = -(-slots // self.residual) * self.residual
+        per_group = {"scale": self.group, "zero": self.group}  # Tokens that share an entry, of keys.
+
+        def wider(x: Vectors, tokens: dict[str, int]) -> Vectors:
+            pad = lambda name: ((0, 0), (0, 0), (0, extra // tokens.get(name, 1)), (0, 0))  # noqa: E731
+            leaves = {name: jnp.pad(getattr(x, name), pad(name)) for name in ("codes", "scale", "zero")}
+            return dataclasses.replace(x, **leaves)
+
         order = jnp.pad(self.order, ((0, 0), (0, 0), (0, extra)), constant_values=EMPTY)
-        return dataclasses.replace(self, k=self.k.resize(tokens), v=self.v.resize(tokens), order=order)
+        return dataclasses.replace(self, k=wider(self.k, per_group), v=wider(self.v, {}), order=order)
 
 
 def make_grouped(
@@ -222,4 +220,5 @@ def make_grouped(
         k_recent=take_slots(k, k_token),
         v_recent=take_slots(v, v_token),
         order=jnp.pad(pos, ((0, 0), (0, 0), (0, size + residual - n)), constant_values=EMPTY),
+        group=group,
     )

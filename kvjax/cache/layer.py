@@ -16,8 +16,9 @@ Mark = Callable[[Array, Array, Tokens, Array], Array]
 class Layer:
     """Base of every layout: a frozen pytree dataclass, every leaf with the batch on its first axis.
 
-    A layout says how it is read (`read`, or `logits` and `mix` from which it follows), how a token is added
-    (`append`), how it grows (`reserve`, `room`) and what it holds (`pos`, `held`). The rest has a default.
+    A layout says how it is read (`read`; `read_both` where old and new tokens take one pass; or `logits` and `mix`,
+    from which both follow), how a token is added (`append`), how it grows (`reserve`, `room`) and what it holds (`pos`,
+    `held`). The rest has a default.
 
     Attributes:
       pos: Positions [B, 1 or H, S] int32 of what is held, `EMPTY` where there is nothing.
@@ -61,9 +62,12 @@ class Layer:
         del q_pos, k_pos
         return mask
 
-    def read(self, new: Tokens, spec: LayerSpec, shared: Any = None) -> Part:
-        """Attention of T new tokens over what is stored. A chunk of T tokens sees what T single steps would."""
-        del shared
+    def read(self, new: Tokens, spec: LayerSpec, shared: Any = None, *, logits: bool = False) -> Part:
+        """Attention of T new tokens over what is stored. A chunk of T tokens sees what T single steps would.
+
+        `logits`: somebody asks for single weights; a layout that cannot give them need not.
+        """
+        del shared, logits
         q_pos, k_pos = new.pos[:, None], self.pos
         mask = self.sees(q_pos, k_pos, visible(q_pos, k_pos, spec.window))
         return attend_part(self.logits(new, spec), mask, self.mix, spec.softcap)
@@ -74,6 +78,10 @@ class Layer:
         mask = self.sees(pos, pos, visible(pos, pos, spec.window))
         logits = dot_keys(fold(new.q * spec.scale, new.k.shape[1]), new.k)
         return attend_part(logits, mask, lambda p: dot_values(p, new.v), spec.softcap)
+
+    def read_both(self, new: Tokens, spec: LayerSpec, shared: Any = None, *, logits: bool = False) -> Part:
+        """Attention over what is stored and, causally, over the new tokens: [stored | new]."""
+        return merge((self.read(new, spec, shared, logits=logits), self.read_new(new, spec)))
 
     def attend(
         self, new: Tokens, spec: LayerSpec, shared: Any = None, mark: Mark | None = None
@@ -89,13 +97,14 @@ class Layer:
         Returns:
           Output [B, H * G, T, D] float32, the layer with the new tokens, and `shared`.
         """
-        old, own = self.read(new, spec, shared), self.read_new(new, spec)
-        part, length = merge((old, own)), new.pos.shape[1]
+        mark, length = None if self.marks is None else mark, new.pos.shape[1]
+        part = self.read_both(new, spec, shared, logits=mark is not None)
         out = unfold(part.out, length)
-        if self.marks is None or mark is None:
+        if mark is None:
             return out, self.append(new), shared
         weights = part_weights(part)
         weights = weights.reshape(*weights.shape[:2], -1, length, weights.shape[-1])
+        assert self.marks is not None
         marks, slots = mark(self.marks, weights, new, self.pos), self.pos.shape[-1]
         layer = self.remember(marks[..., :slots]).append(new, marks[..., slots:])
         return out, layer, shared

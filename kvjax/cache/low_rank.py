@@ -18,6 +18,7 @@ from kvjax.cache.layer import Layer
 from kvjax.cache.slots import Slots, take_slots
 from kvjax.cache.tiers import Tiers
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
+from kvjax.kernels import decode_attention
 from kvjax.kernels.parts import Part, attend_part, dot_keys, dot_values, fold, masked_softmax, visible
 
 
@@ -103,25 +104,33 @@ class FarChunks(Layer):
         share, index = lax.top_k(shares, self.most)
         return index, (jnp.arange(self.most) < self.reads[:, None, None, None]) & (share >= 0)
 
-    def read(self, new: Tokens, spec: LayerSpec, shared: None = None) -> Part:
-        del shared
+    def read(self, new: Tokens, spec: LayerSpec, shared: None = None, *, logits: bool = False) -> Part:
+        del shared, logits
         index, counts = self.choose(new, spec)
-        one = new.q.shape[2] == 1
-        if one:  # Only what is chosen is rebuilt and fetched.
+        if new.q.shape[2] == 1:  # Only what is chosen is rebuilt and fetched.
             index, counts = index[:, :, 0], counts[:, :, 0]
             chunks = jnp.where(counts, jnp.take_along_axis(self.chunks, index, -1), EMPTY)
+            pos = self._positions(chunks)
             v = fetch(self.v if self.host_gather else to_device(self.v), index)
-        else:  # Many queries: all chunks once for all of them, and each sees those that it has chosen.
-            chunks, v = self.chunks, to_device(self.v)
-        pos = self._positions(chunks)
-        k, v = self._keys(chunks, pos, spec), v.reshape(*pos.shape, -1)
-        mask = visible(new.pos[:, None], pos, spec.window)
-        if not one:
-            none = jnp.zeros((*index.shape[:3], chunks.shape[-1]), bool)
-            chosen = jnp.put_along_axis(none, index, counts, -1, inplace=False)
-            mask &= jnp.repeat(chosen, self.size, -1)
-        logits = dot_keys(fold(new.q * spec.scale, k.shape[1]), k)
-        part = attend_part(logits, mask, lambda p: dot_values(p, v), spec.softcap)
+            return decode_attention(
+                new.q,
+                self._keys(chunks, pos, spec),
+                v.reshape(*pos.shape, -1),
+                scale=spec.scale,
+                q_pos=new.pos,
+                pos=pos,
+                window=spec.window,
+                softcap=spec.softcap,
+                implementation=spec.kernels,
+            )
+        # Many queries: all chunks once for all of them, and each sees those that it has chosen.
+        pos = self.pos
+        k, v = self._keys(self.chunks, pos, spec), to_device(self.v).reshape(*pos.shape, -1)
+        none = jnp.zeros((*index.shape[:3], self.chunks.shape[-1]), bool)
+        chosen = jnp.put_along_axis(none, index, counts, -1, inplace=False)
+        mask = visible(new.pos[:, None], pos, spec.window) & jnp.repeat(chosen, self.size, -1)
+        products = dot_keys(fold(new.q * spec.scale, k.shape[1]), k)
+        part = attend_part(products, mask, lambda p: dot_values(p, v), spec.softcap)
         return dataclasses.replace(part, logits=None)  # They are of the chosen chunks, not of all that is held.
 
 

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kvjax.cache.codec import Codec, Plain
-from kvjax.cache.grouped import Packs, pack_vectors
+from kvjax.cache.codec import Codec, Plain, pack_vectors
 from kvjax.cache.layer import Layer
 from kvjax.cache.slots import take_slots
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
+from kvjax.kernels import Vectors
 from kvjax.kernels.packing import codes_per_word
 from kvjax.kernels.parts import NEG, Part, attend_part, dot_keys, dot_values, fold, merge, visible
 
@@ -29,7 +29,7 @@ QUERIES = 16  # New tokens that read the pages at once: every page has its own c
 
 
 @dataclasses.dataclass(frozen=True)
-class Together:
+class Together(Codec):
     """A codec of whole pages: 2, 4 or 8 bits in groups along tokens (KIVI's keys) or along channels (its values).
 
     Attributes:
@@ -44,17 +44,8 @@ class Together:
     axis: int = -2
     scale_dtype: str = "float16"
 
-    def encode(self, x: Array) -> Packs:
+    def encode(self, x: Array) -> Vectors:
         return pack_vectors(x, self.bits, self.group, self.axis, self.scale_dtype)
-
-    def decode(self, codes: Packs) -> Array:
-        return codes.decode()
-
-    def dot(self, q: Array, codes: Packs) -> Array:
-        return dot_keys(q, codes.decode().astype(q.dtype))
-
-    def mix(self, p: Array, codes: Packs) -> Array:
-        return dot_values(p, codes.decode())
 
     def check(self, head_dim: int) -> None:
         per = codes_per_word(self.bits)
@@ -132,11 +123,11 @@ class Pages(Layer):
 
         return self.pos, dense(self.k_codec, self.k, self.k_tail), dense(self.v_codec, self.v, self.v_tail)
 
-    def read(self, new: Tokens, spec: LayerSpec, shared: Any = None) -> Part:
+    def read(self, new: Tokens, spec: LayerSpec, shared: Any = None, *, logits: bool = False) -> Part:
+        del logits
         q = fold(new.q * spec.scale, self.tail_pos.shape[1])
         mask = visible(new.pos[:, None], self.tail_pos, spec.window)
-        logits = dot_keys(q, self.k_tail)
-        tail = attend_part(logits, mask, lambda p: dot_values(p, self.v_tail), spec.softcap)
+        tail = attend_part(dot_keys(q, self.k_tail), mask, lambda p: dot_values(p, self.v_tail), spec.softcap)
         pages = self._read_pages(q, new.pos, spec)
         return merge((pages, dataclasses.replace(tail, logits=None)))
 

@@ -140,11 +140,12 @@ class Paired(Layer):
         """Retained slots, those that are unused beyond the last one, where writes are dropped."""
         return jnp.where(slot == EMPTY, self.capacity, slot)
 
-    def read(self, new: Tokens, spec: LayerSpec, shared: Any = None) -> Part:
+    def read(self, new: Tokens, spec: LayerSpec, shared: Any = None, *, logits: bool = False) -> Part:
+        del logits
         store = self._store(shared)
         q = fold(new.q * spec.scale, self.k.norm.shape[1])
-        logits = self.codec.dot(q, store.k) * self.k.norm[:, :, None].astype(jnp.float32)
-        logits = put_columns(logits, self._at(store.k_slot), self.codec.dot(q, self.k.kept))
+        products = self.codec.dot(q, store.k) * self.k.norm[:, :, None].astype(jnp.float32)
+        products = put_columns(products, self._at(store.k_slot), self.codec.dot(q, self.k.kept))
 
         def mix(p: Array) -> Array:
             slot = self._at(store.v_slot)
@@ -153,7 +154,7 @@ class Paired(Layer):
             merged = put_columns(p * self.v.norm[:, :, None].astype(jnp.float32), slot, jnp.zeros_like(kept))
             return self.codec.mix(merged, store.v) + self.codec.mix(kept, self.v.kept)
 
-        return attend_part(logits, visible(new.pos[:, None], self.pos, spec.window), mix, spec.softcap)
+        return attend_part(products, visible(new.pos[:, None], self.pos, spec.window), mix, spec.softcap)
 
     def attend(self, new: Tokens, spec: LayerSpec, shared: Any = None, mark: Any = None) -> tuple[Array, "Paired", Any]:
         out, layer, _ = super().attend(new, spec, shared, mark)

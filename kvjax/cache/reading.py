@@ -37,7 +37,7 @@ def read_slots(layer: Slots, new: Tokens, spec: LayerSpec, index: Array, valid: 
       Output [B, H * G, T, D] float32.
     """
     if index.shape[2] == 1:
-        return by_query_head(layer, index[:, :, 0], valid[:, :, 0]).read(new, spec).out
+        return by_query_head(layer, index[:, :, 0], valid[:, :, 0]).ask(new, spec, prefix=False).out
     logits = layer.logits(new, spec)
     batch, heads, _, slots = logits.shape
     queries, length = index.shape[1:3]
@@ -87,7 +87,7 @@ class Reader(Layer):
     def reserve(self, slots: int) -> Any:
         return dataclasses.replace(typing.cast(Any, self), inner=self.inner.reserve(slots))
 
-    def read(self, new: Tokens, spec: LayerSpec, shared: Any = None) -> Part:
+    def read(self, new: Tokens, spec: LayerSpec, shared: Any = None, *, logits: bool = False) -> Part:
         raise TypeError(f"{type(self).__name__} reads old and new tokens together: use `attend`.")
 
 
@@ -232,12 +232,13 @@ class Choosing(Reader):
     ) -> tuple[Array, "Choosing", Any]:
         del shared, mark
         own, layer = own_slots(self.inner, new.pos.shape[1]), self.append(new)
-        part = layer.inner.read(new, spec)
+        part = layer.inner.ask(new, spec, logits=not self.last, older=False)
         out = part.out.reshape(*new.q.shape[:3], -1)
         if self.last:
             return out, layer, None
         capacity, held = layer.inner.capacity, own + 1
         most = min(capacity, max(1, int(-(-self.budget.mean(capacity) // 1))))
+        assert part.logits is not None
         best, index = lax.top_k(part.logits.reshape(*new.q.shape[:3], -1), most)
         number = jnp.maximum(whole(self.budget.mean(held)), 1)[:, None, :, None]
         return out, layer, (index, (jnp.arange(most) < number) & (best > NEG))

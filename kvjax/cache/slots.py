@@ -15,7 +15,8 @@ from jax import Array
 from kvjax.cache.codec import Codec, Plain
 from kvjax.cache.layer import Layer
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
-from kvjax.kernels.parts import fold
+from kvjax.kernels import Part, Tail, decode_attention
+from kvjax.kernels.parts import fold, visible
 
 UNLIMITED = 2**30
 
@@ -88,6 +89,52 @@ class Slots(Layer):
     def kept(self) -> Array:
         """Tokens that each row keeps, [B] or [1] int32."""
         return jnp.asarray([self.bound], jnp.int32) if self.limit is None else self.limit
+
+    def read(self, new: Tokens, spec: LayerSpec, shared: Any = None, *, logits: bool = False) -> Part:
+        if self.shifted or (self.ring and new.pos.shape[1] > 1):  # Queries see different slots, or turned ones.
+            return super().read(new, spec, shared, logits=logits)
+        return self.ask(new, spec, logits=logits)
+
+    def read_both(self, new: Tokens, spec: LayerSpec, shared: Any = None, *, logits: bool = False) -> Part:
+        if self.shifted or (self.ring and new.pos.shape[1] > 1):
+            return super().read_both(new, spec, shared, logits=logits)
+        return self.ask(new, spec, tail=Tail(k=new.k, v=new.v, pos=new.pos[:, None]), logits=logits)
+
+    def ask(
+        self,
+        new: Tokens,
+        spec: LayerSpec,
+        *,
+        tail: Tail | None = None,
+        logits: bool = False,
+        prefix: bool = True,
+        older: bool = True,
+    ) -> Part:
+        """Attention over the slots, and over a tail.
+
+        Args:
+          prefix: Occupied slots are one, so that nothing behind is read.
+          older: All tokens in slots are older than the new ones, so that no mask is needed.
+        """
+        prefix, pos = prefix and not self.ring, None
+        if spec.window or not (prefix and older):
+            mask = self.sees(new.pos[:, None], self.pos, visible(new.pos[:, None], self.pos, spec.window))
+            pos = jnp.where(mask.any(2), self.pos, EMPTY)
+        return decode_attention(
+            new.q,
+            self.k,
+            None if self.latent else self.v,
+            self.count if prefix else None,
+            scale=spec.scale,
+            q_pos=new.pos,
+            pos=pos,
+            window=spec.window,
+            softcap=spec.softcap,
+            tail=tail,
+            latent=self.latent,
+            logits=logits,
+            implementation=spec.kernels,
+        )
 
     def logits(self, new: Tokens, spec: LayerSpec) -> Array:
         heads = jax.tree.leaves(self.k)[0].shape[1]

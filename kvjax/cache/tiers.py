@@ -37,8 +37,13 @@ class Tiers(Layer):
         pos, k, v = zip(*(tier.held(spec) for tier in self.tiers), strict=True)
         return jnp.concatenate(pos, 2), jnp.concatenate(k, 2), jnp.concatenate(v, 2)
 
-    def read(self, new: Tokens, spec: LayerSpec, shared: Any = None) -> Part:
-        return merge([tier.read(new, spec, shared) for tier in self.tiers])
+    def read(self, new: Tokens, spec: LayerSpec, shared: Any = None, *, logits: bool = False) -> Part:
+        return merge([tier.read(new, spec, shared, logits=logits) for tier in self.tiers])
+
+    def read_both(self, new: Tokens, spec: LayerSpec, shared: Any = None, *, logits: bool = False) -> Part:
+        *first, last = self.tiers
+        parts = [tier.read(new, spec, shared, logits=logits) for tier in first]
+        return merge([*parts, last.read_both(new, spec, shared, logits=logits)])
 
     def sees(self, q_pos: Array, k_pos: Array, mask: Array) -> Array:
         return self.tiers[-1].sees(q_pos, k_pos, mask)
@@ -111,8 +116,8 @@ class Through(Layer):
         v = new.v if self.value_lens is None else self.value_lens.keys(new.v)
         return dataclasses.replace(new, q=self.lens.queries(new.q), k=self.lens.keys(new.k), v=v)
 
-    def read(self, new: Tokens, spec: LayerSpec, shared: Any = None) -> Part:
-        part = self.inner.read(self._through(new), spec, shared)
+    def read(self, new: Tokens, spec: LayerSpec, shared: Any = None, *, logits: bool = False) -> Part:
+        part = self.inner.read(self._through(new), spec, shared, logits=logits)
         return part if self.value_lens is None else dataclasses.replace(part, out=self.value_lens.restore(part.out))
 
     def sees(self, q_pos: Array, k_pos: Array, mask: Array) -> Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache.host import take_rows
+from kvjax.kernels.choose import Implementation
 
 EMPTY = -1  # The position of a slot, or of a padding token, that holds nothing.
 
@@ -33,6 +34,7 @@ class LayerSpec:
       rope: The layer's rotary embedding, a hashable value that `rotate` understands.
       rotate: `rotate(rope, x [B, heads, T, D], positions [B, T]) -> x`, rotated.
       latent: Values are the last `latent` channels of the keys and are not stored again (MLA); 0 where they are not.
+      kernels: Which implementation attends: "auto", or a name that `kvjax.kernels.decode_attention` knows.
     """
 
     window: int = 0
@@ -41,6 +43,7 @@ class LayerSpec:
     rope: Any = None
     rotate: Callable[[Any, Array, Array], Array] | None = None
     latent: int = 0
+    kernels: Implementation = "auto"
 
 
 @jax.tree_util.register_dataclass

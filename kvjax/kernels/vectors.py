@@ -45,7 +45,7 @@ class Vectors:
     @property
     def group(self) -> tuple[int, int]:
         """Tokens and channels that share a scale; (1, 1) where there is none."""
-        if self.scale is None:
+        if self.scale is None or not self.slots:
             return 1, 1
         return self.slots // self.scale.shape[2], self.dim // self.scale.shape[3]
 
@@ -62,6 +62,21 @@ class Vectors:
         wide = lambda a: expand(expand(a.astype(jnp.float32), channels, -1), tokens, -2)  # noqa: E731
         x = x if self.scale is None else x * wide(self.scale)
         return x if self.zero is None else x + wide(self.zero)
+
+    def at(self, batch: Array, head: Array, slot: Array, channel: Array) -> Array:
+        """Single numbers at coordinates that broadcast against one another, float32; those out of range are clipped."""
+        per = 32 // self.bits if self.bits else 1
+        codes = self.codes.at[batch, head, slot, channel // per].get(mode="clip")
+        codes = (codes >> self.bits * (channel % per)) & (2**self.bits - 1) if self.bits else codes
+        tokens, channels = self.group
+
+        def shared(x: Array) -> Array:
+            place = (batch, head % x.shape[1], slot // tokens, channel // channels)
+            return x.at[place].get(mode="clip").astype(jnp.float32)
+
+        x = codes.astype(jnp.float32)
+        x = x if self.scale is None else x * shared(self.scale)
+        return x if self.zero is None else x + shared(self.zero)
 
     def block(self, start: Array | int, size: int) -> "Vectors":
         """Slots `start ... start + size`, both multiples of the tokens of a group."""
@@ -82,3 +97,8 @@ class Vectors:
             return jnp.take_along_axis(wide, index[..., None], axis=2)
 
         return jax.tree.map(pick, self)
+
+
+def as_vectors(x: Array | Vectors) -> Vectors:
+    """Plain arrays are vectors without a code."""
+    return x if isinstance(x, Vectors) else Vectors(codes=x)

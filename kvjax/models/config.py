@@ -8,6 +8,8 @@ function from its `config.json` to a `Config`; the forward pass never asks for t
 import dataclasses
 from typing import Literal
 
+from kvjax.kernels.choose import Implementation
+
 LayerType = Literal["full", "sliding"]
 
 
@@ -101,6 +103,8 @@ class Config:
       tied: Whether the output projection is the embedding.
       mla: Latent attention in place of grouped queries; `num_kv_heads` and `head_dim` then still say what the model was
         converted from (see `kvjax.convert`). None for grouped queries.
+      kernels: Which implementation attends to a cache, as `kvjax.kernels.decode_attention` names them; no part of the
+        architecture, and "auto" unless one wants to compare.
       bos_id, eos_ids: Special tokens, as the checkpoint's config or tokenizer says; `bos_id` -1 for none.
     """
 
@@ -128,6 +132,7 @@ class Config:
     embed_scale: float = 1.0
     tied: bool = False
     mla: Mla | None = None
+    kernels: Implementation = "auto"
     bos_id: int = -1
     eos_ids: tuple[int, ...] = ()
 

@@ -49,6 +49,7 @@ def layer_spec(config: Config, layer: int) -> LayerSpec:
         rope=config.layer_rope(layer),
         rotate=rotate,
         latent=config.mla.rank if config.mla else 0,
+        kernels=config.kernels,
     )
 
 

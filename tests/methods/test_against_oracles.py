@@ -358,6 +358,11 @@ def test_rounded_tokens(text):
             np.testing.assert_allclose(outputs[row, :, t - length], want, atol=5 * TOLERANCE)
 
 
+def along_channels(codes, bits):
+    """The oracle's words, packed along channels instead of tokens."""
+    return np.swapaxes(kivi.pack(np.swapaxes(codes, -1, -2), bits), -1, -2)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_kivi(bits):
     policy = kvjax.policy("kivi", bits, group=8, residual=16, scale_dtype="float32")
@@ -370,12 +375,11 @@ def test_kivi(bits):
         keys, values = kivi.quantized_lengths(held, 16)
         packed = kivi.quantize_keys(k[:, :keys], bits, 8)
         found = caches[-1]
-        np.testing.assert_array_equal(found.k.words[row, :, : keys * bits // 32], kivi.pack(packed.codes, bits))
+        np.testing.assert_array_equal(found.k.codes[row, :, :keys], along_channels(packed.codes, bits))
         np.testing.assert_allclose(found.k.scale[row, :, : keys // 8], packed.scale, rtol=1e-6)
         np.testing.assert_allclose(found.k.zero[row, :, : keys // 8], packed.zero, rtol=1e-6)
         packed = kivi.quantize_values(v[:, :values], bits, 8)
-        words = np.swapaxes(kivi.pack(np.swapaxes(packed.codes, -1, -2), bits), -1, -2)  # Packed along channels.
-        np.testing.assert_array_equal(found.v.words[row, :, :values], words)
+        np.testing.assert_array_equal(found.v.codes[row, :, :values], along_channels(packed.codes, bits))
         np.testing.assert_allclose(found.v.scale[row, :, :values], packed.scale, rtol=1e-6)
         for t in range(keys, held):
             np.testing.assert_array_equal(found.k_recent[row, :, t % 16], k[:, t].astype(np.float32))

@@ -16,7 +16,7 @@ from kvjax.kernels.choose import Choice, Implementation, KernelError
 from kvjax.kernels.decode import reference, xla
 from kvjax.kernels.decode.request import Request as Request, Tail as Tail
 from kvjax.kernels.parts import Part, fold, merge
-from kvjax.kernels.vectors import Vectors
+from kvjax.kernels.vectors import Vectors, as_vectors
 
 PALLAS = ("tpu", "gpu")
 
@@ -112,6 +112,8 @@ def explain(request: Request, implementation: Implementation = "auto") -> Choice
     Raises:
       KernelError: See `decode_attention`.
     """
+    if not request.k.slots and implementation == "auto":
+        return Choice("xla", "nothing is stored")
     return choose.choose(implementation, {name: lambda name=name: _module(name).refuse(request) for name in PALLAS})
 
 
@@ -133,8 +135,7 @@ def make_request(
     **others: Any,
 ) -> Request:
     """Checks the arguments of `decode_attention` and brings them into one form."""
-    k = k if isinstance(k, Vectors) else Vectors(codes=k)
-    v = v if isinstance(v, Vectors) or v is None else Vectors(codes=v)
+    k, v = as_vectors(k), None if v is None else as_vectors(v)
     batch, heads, slots = k.codes.shape[:3]
     if q.ndim != 4 or q.shape[0] != batch or q.shape[1] % heads:
         raise KernelError(

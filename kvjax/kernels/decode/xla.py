@@ -6,8 +6,11 @@ joined from block to block as in flash attention (arXiv 2205.14135). Scales and 
 weights and outputs wherever that is less work than applying them to the codes.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from kvjax.kernels.decode.request import Request, Tail
 from kvjax.kernels.packing import unpack
@@ -39,7 +42,7 @@ def _tail(request: Request, tail: Tail) -> Part:
     mask = visible(request.q_pos[:, None], tail.pos, request.window)
     v = Vectors(codes=tail.v)
     logits = dot_keys(request.q, tail.k.astype(request.q.dtype))
-    part = attend_part(logits, mask, lambda p: _mix(p, v, mask.any(2)), request.softcap)
+    part = attend_part(logits, mask, lambda p: mix(p, v, mask.any(2), request.q.dtype), request.softcap)
     return part if request.logits else Part(out=part.out, lse=part.lse)
 
 
@@ -60,7 +63,7 @@ def _stored(request: Request, block: int) -> Part:
         start = jnp.minimum(i * block, slots - block)  # The last block overlaps the one before: masked below.
         mask = _mask(request, start, block) & (start + jnp.arange(block) >= i * block)
         k = request.k.block(start, block)
-        s = _dot(request.q, k)
+        s = dot(request.q, k)
         if request.bias is not None:
             s = s + lax.dynamic_slice_in_dim(request.bias, start, block, 3)
         if request.softcap:
@@ -74,7 +77,7 @@ def _stored(request: Request, block: int) -> Part:
         p = jnp.where(s > NEG, jnp.exp(s - new[..., None]), 0.0)
         fade = jnp.exp(top - new)
         v = _values(request, k, start, block)
-        mixed = _mix(p, v, mask.any(2))
+        mixed = mix(p, v, mask.any(2), request.q.dtype)
         return new, total * fade + p.sum(-1), out * fade[..., None] + mixed, logits
 
     used = jnp.minimum(-(-request.lengths.max() // block), -(-slots // block))
@@ -129,7 +132,7 @@ def _row(x: Array) -> Array:
     return jnp.swapaxes(x.astype(jnp.float32), 2, 3)
 
 
-def _dot(q: Array, k: Vectors) -> Array:
+def dot(q: Array, k: Vectors) -> Array:
     """q [B, H, N, D] with the keys of a block [B, H, S, D]: [B, H, N, S] float32."""
     if k.scale is None:
         return dot_keys(q, _numbers(k).astype(q.dtype))
@@ -141,6 +144,7 @@ def _dot(q: Array, k: Vectors) -> Array:
     elif tokens > 1 and channels == 1:  # A query for each group of tokens.
         asked = q32[:, :, None] * k.scale.astype(jnp.float32)[:, :, :, None]
         keys = _numbers(k).reshape(batch, heads, -1, tokens, dim)
+        keys, asked = keys.astype(q.dtype), asked.astype(q.dtype)
         s = jnp.einsum("bhgsd,bhgnd->bhgsn", keys, asked, preferred_element_type=jnp.float32)
         s = jnp.swapaxes(s.reshape(batch, heads, -1, rows), 2, 3)
     else:
@@ -159,21 +163,27 @@ def _values(request: Request, k: Vectors, start: Array, size: int) -> Vectors:
     return Vectors(codes=k.decode()[..., -request.latent :])
 
 
-def _mix(p: Array, v: Vectors, seen: Array) -> Array:
-    """Values of a block weighted by p [B, H, N, S], zero where not seen [B, H, S]: [B, H, N, D] float32."""
+def mix(p: Array, v: Vectors, seen: Array | None = None, dtype: DTypeLike = jnp.float32) -> Array:
+    """Values weighted by p [B, H, N, S], which is zero where not seen [B, H, S]: [B, H, N, D] float32.
+
+    Products are taken in `dtype`.
+    """
+    seen = jnp.ones((*p.shape[:2], p.shape[3]), bool) if seen is None else seen
     if not jnp.issubdtype(v.codes.dtype, jnp.integer):
         p = p if v.scale is None else p * jnp.where(seen[:, :, None], _row(v.scale), 0.0)
-        x = _numbers(v) if v.codes.dtype != p.dtype else v.codes
+        x = v.codes if v.codes.dtype == dtype else _numbers(v).astype(dtype)
         out = dot_values(p, x)
         # What nobody sees may hold anything, and 0 * NaN is NaN. Rare, so it is repaired instead of prevented.
-        clean = lambda: dot_values(p, jnp.where(seen[..., None], x, 0.0))  # noqa: E731
+        clean = lambda: dot_values(p, jnp.where(seen[..., None], x, 0))  # noqa: E731
         return lax.cond(jnp.isnan(out).any(), clean, lambda: out)
     assert v.scale is not None
     tokens, channels = v.group
     held = seen.reshape(*seen.shape[:2], -1, tokens).any(-1)[..., None]
     scale = jnp.where(held, v.scale.astype(jnp.float32), 0.0)
-    v = Vectors(codes=v.codes, scale=scale, zero=v.zero, bits=v.bits)
-    out = dot_values(p * _row(scale), _numbers(v)) if _per_token(v) else dot_values(p, _scaled(v))
+    if _per_token(v):
+        out = dot_values(p * _row(scale), _numbers(v).astype(dtype))
+    else:
+        out = dot_values(p, _scaled(dataclasses.replace(v, scale=scale)).astype(dtype))
     if v.zero is None:
         return out
     zero = jnp.where(held, v.zero.astype(jnp.float32), 0.0)
