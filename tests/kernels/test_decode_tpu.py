@@ -230,7 +230,7 @@ def test_bitcasts_unpack_as_we_pack(rng, bits):
     codes = rng.integers(0, 2**bits, (64, 128))
     form = tpu.Form(dim=64, lanes=True, bits=bits)
     words = pack(jnp.asarray(codes), bits, 0)
-    got = jax.jit(lambda w: tpu._numbers(w, form, jnp.float32))(words)
+    got = jax.jit(lambda w: tpu.numbers_of(w, form, jnp.float32))(words)
     np.testing.assert_array_equal(got + form.offset, codes)
 
 

@@ -222,7 +222,7 @@ class State(NamedTuple):
     out: Any
 
 
-def _halves(request: Request) -> bool:
+def has_halves(request: Request) -> bool:
     """Whether scales are float16, which Mosaic does not know: XLA has to convert blocks on their way into the kernel,
     as the prologue of one fusion, instead of all of them before."""
     return any(x.dtype == jnp.float16 for x in jax.tree.leaves((request.k, request.v)))
@@ -306,7 +306,7 @@ def _call(request: Request, block: int, steps: int, splits: int, interpret: Any)
         compiler_params=pltpu.CompilerParams(
             # Splits are written apart; only tail logits are shared by them, and the last one writes these.
             dimension_semantics=("parallel", "parallel", "arbitrary" if plan.logits else "parallel", "arbitrary"),
-            allow_input_fusion=[False, *(True for _ in jax.tree.leaves(arrays))] if _halves(request) else None,
+            allow_input_fusion=[False, *(True for _ in jax.tree.leaves(arrays))] if has_halves(request) else None,
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * slots * rows * (request.k.dim + value_dim),
@@ -349,7 +349,7 @@ def _inputs(request: Request, tail: Tail | None, rows: int, plan: Plan, interpre
 
         x = jnp.swapaxes(x, 2, 3) if lanes else x
         # Otherwise XLA fetches all of it beforehand where it fits, whatever the lengths.
-        x = x if interpret or _halves(request) else pltpu.with_memory_space_constraint(x, pltpu.HBM)
+        x = x if interpret or has_halves(request) else pltpu.with_memory_space_constraint(x, pltpu.HBM)
         return x, pl.BlockSpec((None, None, *shape), at)
 
     def vectors(x: Vectors, form: Form) -> tuple[Stored, Stored]:
@@ -417,29 +417,29 @@ def _kernel(lengths, x: Inputs, out, lse, logits_out, state: State, *, plan: Pla
 
     @pl.when(block * plan.block < length)
     def _():
-        keys = _numbers(x.k.codes, plan.k, q.dtype)
+        keys = numbers_of(x.k.codes, plan.k, q.dtype)
         logits = dot_keys(q, keys, x.k, plan.k, block, plan.block)
         logits = logits if x.bias is None else logits + x.bias[...]
         slot = block * plan.block + lax.broadcasted_iota(jnp.int32, logits.shape, 1)
         mask = (slot < length) & (q_pos >= 0)
         if x.pos is not None:
-            mask &= _visible(q_pos, x.pos[...], plan.window)
-        logits, p = _weigh(logits, mask, plan.softcap, state)
+            mask &= rows_see(q_pos, x.pos[...], plan.window)
+        logits, p = weigh(logits, mask, plan.softcap, state)
         if plan.logits:
             logits_out[0][...] = logits
         if plan.v is None:
             codes, source, form = keys, x.k, plan.k
         else:
             assert x.v is not None
-            codes, source, form = _numbers(x.v.codes, plan.v, q.dtype), x.v, plan.v
+            codes, source, form = numbers_of(x.v.codes, plan.v, q.dtype), x.v, plan.v
         mix = lambda codes: mix_values(p, mask, codes, source, form, block, plan.block, q.dtype)  # noqa: E731
         if jnp.issubdtype(source.codes.dtype, jnp.integer):
             state.out[...] += mix(codes)
         elif x.pos is not None:
-            state.out[...] += mix(_only(codes, mask, form.lanes))
+            state.out[...] += mix(only_seen(codes, mask, form.lanes))
         else:
             full = (block + 1) * plan.block <= length
-            state.out[...] += lax.cond(full, lambda: mix(codes), lambda: mix(_only(codes, mask, form.lanes)))
+            state.out[...] += lax.cond(full, lambda: mix(codes), lambda: mix(only_seen(codes, mask, form.lanes)))
 
     if plan.logits:
 
@@ -453,13 +453,13 @@ def _kernel(lengths, x: Inputs, out, lse, logits_out, state: State, *, plan: Pla
         def _():
             assert x.tail is not None and plan.tail_k is not None and plan.tail_v is not None
             k, v, pos = x.tail
-            logits = _times_keys(q, k[...].astype(q.dtype), plan.tail_k.lanes)
-            mask = _visible(q_pos, pos[...], plan.window)
-            logits, p = _weigh(logits, mask, plan.softcap, state)
+            logits = times_keys(q, k[...].astype(q.dtype), plan.tail_k.lanes)
+            mask = rows_see(q_pos, pos[...], plan.window)
+            logits, p = weigh(logits, mask, plan.softcap, state)
             if plan.logits:
                 logits_out[1][...] = logits
-            values = _only(v[...].astype(q.dtype), mask, plan.tail_v.lanes)
-            added = _times_values(p.astype(q.dtype), values, plan.tail_v.lanes)
+            values = only_seen(v[...].astype(q.dtype), mask, plan.tail_v.lanes)
+            added = times_values(p.astype(q.dtype), values, plan.tail_v.lanes)
             width = state.out.shape[-1]
             state.out[:, width - added.shape[-1] :] += added
 
@@ -471,13 +471,13 @@ def _kernel(lengths, x: Inputs, out, lse, logits_out, state: State, *, plan: Pla
         lse[...] = jnp.where(total > 0, state.top[:, :1] + jnp.log(safe), NEG)
 
 
-def _visible(q_pos: Array, k_pos: Array, window: int) -> Array:
+def rows_see(q_pos: Array, k_pos: Array, window: int) -> Array:
     """q_pos [N, 1], k_pos [1, S] -> [N, S]; as `parts.visible`."""
     seen = (k_pos >= 0) & (k_pos <= q_pos)
     return seen & (q_pos - k_pos < window) if window else seen
 
 
-def _weigh(logits: Array, mask: Array, softcap: float, state: State) -> tuple[Array, Array]:
+def weigh(logits: Array, mask: Array, softcap: float, state: State) -> tuple[Array, Array]:
     """Logits as the softmax takes them, and weights p [N, block] relative to the new maximum; `state` moves on, its
     output scaled down to match."""
     logits = softcap * jnp.tanh(logits / softcap) if softcap else logits
@@ -493,7 +493,7 @@ def _weigh(logits: Array, mask: Array, softcap: float, state: State) -> tuple[Ar
     return logits, p
 
 
-def _numbers(codes, form: Form, dtype) -> Array:
+def numbers_of(codes, form: Form, dtype) -> Array:
     """Codes of a block as numbers [D, block] or [block, D]; those that were packed, less `form.offset`."""
     if form.bits:
         small = {2: jnp.int2, 4: jnp.int4, 8: jnp.int8}[form.bits]
@@ -511,7 +511,7 @@ def _cast(x: Array, dtype) -> Array:
     return x.astype(dtype) if x.dtype == jnp.float32 else x.astype(jnp.bfloat16).astype(dtype)
 
 
-def _only(codes: Array, mask: Array, lanes: bool) -> Array:
+def only_seen(codes: Array, mask: Array, lanes: bool) -> Array:
     """Values that some row sees; what nobody sees may be NaN, which a weight of zero does not silence."""
     seen = jnp.where(mask, 1.0, 0.0).max(0, keepdims=True)
     if not lanes:
@@ -525,12 +525,12 @@ def _product(a: Array, b: Array, contract: tuple[int, int]) -> Array:
     return lax.dot_general(a, b, dims, precision=exact, preferred_element_type=jnp.float32)
 
 
-def _times_keys(q: Array, keys: Array, lanes: bool) -> Array:
+def times_keys(q: Array, keys: Array, lanes: bool) -> Array:
     """[N, D] with keys [D, S] or [S, D] -> [N, S]."""
     return _product(q, keys, (1, 0 if lanes else 1))
 
 
-def _times_values(p: Array, values: Array, lanes: bool) -> Array:
+def times_values(p: Array, values: Array, lanes: bool) -> Array:
     """[N, S] with values [D, S] or [S, D] -> [N, D]."""
     return _product(p, values, (1, 1 if lanes else 0))
 
@@ -538,7 +538,7 @@ def _times_values(p: Array, values: Array, lanes: bool) -> Array:
 def dot_keys(q: Array, codes: Array, k: Stored, form: Form, block, size: int) -> Array:
     """Logits of rows q [N, D] with a block of keys: [N, size] float32."""
     if not form.spread and not form.tokens:
-        return _times_keys(q, codes, form.lanes)
+        return times_keys(q, codes, form.lanes)
     if form.spread:
         return _dot_by_token(q, codes, k, form)
     return _dot_by_channel(q, codes, k, form, block, size)
@@ -547,7 +547,7 @@ def dot_keys(q: Array, codes: Array, k: Stored, form: Form, block, size: int) ->
 def mix_values(p, mask, codes: Array, v: Stored, form: Form, block, size: int, dtype) -> Array:
     """Values of a block weighted by p [N, size], which is zero outside the mask: [N, D] float32."""
     if not form.spread and not form.tokens:
-        return _times_values(p.astype(dtype), codes, form.lanes)
+        return times_values(p.astype(dtype), codes, form.lanes)
     if form.spread:
         return _mix_by_token(p, mask, codes, v, form, dtype)
     return _mix_by_channel(p, codes, v, form, block, size, dtype)
@@ -564,7 +564,7 @@ def _dot_by_token(q: Array, codes: Array, k: Stored, form: Form) -> Array:
     assert scale is not None
     group = form.dim // form.spread
     spread = [q32 if form.spread == 1 else jnp.where(_own(q.shape, group, c), q32, 0.0) for c in range(form.spread)]
-    product = _times_keys(jnp.concatenate(spread, 0).astype(q.dtype), codes, form.lanes)
+    product = times_keys(jnp.concatenate(spread, 0).astype(q.dtype), codes, form.lanes)
     logits = jnp.zeros((n, product.shape[1]), jnp.float32)
     for c, part in enumerate(spread):
         total = part.sum(-1, keepdims=True)
@@ -580,7 +580,7 @@ def _mix_by_token(p: Array, mask: Array, codes: Array, v: Stored, form: Form, dt
     assert scale is not None
     group = form.dim // form.spread
     scaled = [jnp.where(mask, p * scale[c : c + 1], 0.0) for c in range(form.spread)]
-    product = _times_values(jnp.concatenate(scaled, 0).astype(dtype), codes, form.lanes)
+    product = times_values(jnp.concatenate(scaled, 0).astype(dtype), codes, form.lanes)
     out = jnp.zeros((n, form.dim), jnp.float32)
     for c, weights in enumerate(scaled):
         part = product[c * n : (c + 1) * n]
@@ -628,7 +628,7 @@ def _dot_by_channel(q: Array, codes: Array, k: Stored, form: Form, block, size: 
     for t in range(size // tile):
         mine = range(t * groups, (t + 1) * groups)
         scaled = jnp.concatenate([q32 * scales[j] for j in mine], 0).astype(q.dtype)
-        product = _times_keys(scaled, _cut(codes, form.lanes, t * tile, tile), form.lanes)
+        product = times_keys(scaled, _cut(codes, form.lanes, t * tile, tile), form.lanes)
         logits = jnp.zeros((n, tile), jnp.float32)
         for g, j in enumerate(mine):
             part = product[g * n : (g + 1) * n]
@@ -651,7 +651,7 @@ def _mix_by_channel(p: Array, codes: Array, v: Stored, form: Form, block, size: 
             for g in range(groups)
         ]
         values = _cut(codes, form.lanes, t * tile, tile)
-        product = _times_values(jnp.concatenate(own, 0).astype(dtype), values, form.lanes)
+        product = times_values(jnp.concatenate(own, 0).astype(dtype), values, form.lanes)
         for g in range(groups):
             j, mass = t * groups + g, own[g].sum(-1, keepdims=True)
             part = product[g * n : (g + 1) * n] * scales[j] + mass * zeros[j]
