@@ -15,7 +15,7 @@ from jax import Array
 from kvjax.cache.codec import Codec, Plain
 from kvjax.cache.layer import Layer
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
-from kvjax.kernels import Part, Tail, decode_attention
+from kvjax.kernels import Part, Tail, decode_attention, write
 from kvjax.kernels.parts import fold, visible
 
 UNLIMITED = 2**30
@@ -31,8 +31,8 @@ def take_slots(leaf: Array, index: Array) -> Array:
 
 def put_slots(leaf: Array, index: Array, value: Array | float) -> Array:
     """Writes value [B, H, T, ...] to slots index [B, 1 or H, T] of leaf; an index of S or more writes nothing."""
-    batch, heads = jnp.arange(leaf.shape[0])[:, None, None], jnp.arange(leaf.shape[1])[None, :, None]
-    return leaf.at[batch, heads, index].set(jnp.asarray(value, leaf.dtype), mode="drop")
+    shape = (*leaf.shape[:2], index.shape[2], *leaf.shape[3:])
+    return write.put(leaf, index, jnp.broadcast_to(jnp.asarray(value, leaf.dtype), shape))
 
 
 @typing.no_type_check
@@ -190,14 +190,13 @@ class Slots(Layer):
     def put(self, slot: Array, k: Array, v: Array, pos: Array, marks: Array | None = None) -> "Slots":
         """Writes tokens k, v [B, H, T, D] at positions pos, and their marks, to slots [B, 1 or H, T]; a slot beyond the
         last is not written. Heads may be given different tokens."""
-        write = lambda leaf, value: put_slots(leaf, slot, value)  # noqa: E731
-        return dataclasses.replace(
-            self,
-            k=jax.tree.map(write, self.k, self.codec.encode(k)),
-            v=None if self.latent else jax.tree.map(write, self.v, self.codec.encode(v)),
-            pos=put_slots(self.pos, slot, jnp.broadcast_to(pos, slot.shape)),
-            marks=self.marks if self.marks is None else put_slots(self.marks, slot, 0.0 if marks is None else marks),
-        )
+        old = {"k": self.k, "v": self.v, "pos": self.pos, "marks": self.marks}
+        new = {"k": self.codec.encode(k), "v": None, "pos": jnp.broadcast_to(pos, slot.shape), "marks": None}
+        if not self.latent:
+            new["v"] = self.codec.encode(v)
+        if self.marks is not None:
+            new["marks"] = jnp.broadcast_to(0.0 if marks is None else marks, (*self.marks.shape[:2], slot.shape[2]))
+        return dataclasses.replace(self, **write.put(old, slot, new))
 
     def keep(self, index: Array, valid: Array) -> "Slots":
         """Only the slots index [B, 1 or H, N], in that order, where valid [B, 1 or H, N]; the capacity becomes N."""

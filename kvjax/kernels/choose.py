@@ -38,7 +38,7 @@ def choose(asked: str, refuse: Mapping[str, Callable[[], str | None]]) -> Choice
     Raises:
       KernelError: The one that was asked for is unknown, is not for this machine, or cannot serve the call.
     """
-    backend = jax.default_backend()
+    backend = platform()
     native = NATIVE.get(backend)
     if asked == "auto":
         if native is None or native not in refuse:
@@ -56,6 +56,15 @@ def choose(asked: str, refuse: Mapping[str, Callable[[], str | None]]) -> Choice
     return Choice(asked, "asked for")
 
 
+def platform() -> str:
+    """What is compiled for: the device of the mesh in use, which may be described only, else JAX's default backend.
+
+    So programs for machines that are elsewhere choose what will run there: see `jax.sharding.use_abstract_mesh`.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def device_kind() -> str:
     """Of the default device, as tuned tables name it: "cpu", "NVIDIA H200", "TPU v5 lite"."""
     return jax.devices()[0].device_kind
@@ -63,4 +72,4 @@ def device_kind() -> str:
 
 def interpreted(implementation: str) -> bool:
     """Whether a Pallas kernel has to be interpreted, because this machine is none of its kind."""
-    return NATIVE.get(jax.default_backend()) != implementation
+    return NATIVE.get(platform()) != implementation
