@@ -5,8 +5,7 @@ precision; when P tokens are together there, they become a page. So a head is ne
 allocates its tokens and at most a page's length more per head. A page is written whole and never changed, so its codec
 may pack its tokens together, as KIVI does with keys.
 
-Attention reads each page with the queries of its owner, as flash decoding reads pieces of a long sequence, and joins
-the pages of a head by their weights.
+Attention reads each head's pages by a table (PagedAttention, arXiv 2309.06180), and joins them with its tail.
 """
 
 import dataclasses
@@ -21,11 +20,11 @@ from kvjax.cache.codec import Codec, Plain, pack_vectors
 from kvjax.cache.layer import Layer
 from kvjax.cache.slots import take_slots
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
-from kvjax.kernels import Vectors
+from kvjax.kernels import Part, decode_attention, merge
 from kvjax.kernels.packing import codes_per_word
-from kvjax.kernels.parts import NEG, Part, attend_part, dot_keys, dot_values, fold, merge, visible
-
-QUERIES = 16  # New tokens that read the pages at once: every page has its own copy of their queries.
+from kvjax.kernels.paged import PagedRequest, paged_attention
+from kvjax.kernels.parts import fold
+from kvjax.kernels.vectors import Vectors, as_vectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,34 +124,58 @@ class Pages(Layer):
 
     def read(self, new: Tokens, spec: LayerSpec, shared: Any = None, *, logits: bool = False) -> Part:
         del logits
-        q = fold(new.q * spec.scale, self.tail_pos.shape[1])
-        mask = visible(new.pos[:, None], self.tail_pos, spec.window)
-        tail = attend_part(dot_keys(q, self.k_tail), mask, lambda p: dot_values(p, self.v_tail), spec.softcap)
-        pages = self._read_pages(q, new.pos, spec)
-        return merge((pages, dataclasses.replace(tail, logits=None)))
+        return self._read(new, spec, self.k_tail, self.v_tail, self.tail_pos)
+
+    def read_both(self, new: Tokens, spec: LayerSpec, shared: Any = None, *, logits: bool = False) -> Part:
+        del logits
+        pos = jnp.broadcast_to(new.pos[:, None], (*self.tail_pos.shape[:2], new.pos.shape[1]))
+        pairs = ((self.k_tail, new.k), (self.v_tail, new.v), (self.tail_pos, pos))
+        return self._read(new, spec, *(jnp.concatenate([old, x.astype(old.dtype)], 2) for old, x in pairs))
+
+    def _read(self, new: Tokens, spec: LayerSpec, k: Array, v: Array, pos: Array) -> Part:
+        """Attention over the pages, and over tails k, v [B, H, R, D] at pos [B, H, R]."""
+        rest = decode_attention(
+            new.q,
+            k,
+            v,
+            scale=spec.scale,
+            q_pos=new.pos,
+            pos=pos,
+            window=spec.window,
+            softcap=spec.softcap,
+            implementation=spec.kernels,
+        )
+        if not self.owner.shape[1]:
+            return rest
+        return merge((self._read_pages(fold(new.q * spec.scale, k.shape[1]), new.pos, spec), rest))
 
     def _read_pages(self, q: Array, q_pos: Array, spec: LayerSpec) -> Part:
-        """Attention of q [B, H, G * T, D] at q_pos [B, T] over all pages, a few tokens at a time."""
-        batch, heads, rows, dim = q.shape
-        length = q_pos.shape[1]
-        if length <= QUERIES:
-            return self._read_some(q, q_pos, spec)
+        """Attention of q [B, H, G * T, D] at q_pos [B, T] over each head's own pages."""
+        table, count = self._tables()
+        request = PagedRequest(
+            q=q,
+            k=as_vectors(self.k),
+            v=as_vectors(self.v),
+            table=table,
+            count=count,
+            lengths=jnp.where(self.owner == EMPTY, 0, self.page),
+            q_pos=q_pos,
+            pos=self.page_pos if spec.window else None,
+            page=self.page,
+            pool=True,
+            window=spec.window,
+            softcap=spec.softcap,
+        )
+        return paged_attention(request, spec.kernels)
 
-        def one(token: tuple[Array, Array]) -> Part:
-            return self._read_some(token[0], token[1][:, None], spec)
-
-        tokens = jnp.moveaxis(q.reshape(batch, heads, -1, length, dim), 3, 0), q_pos.T
-        parts = lax.map(one, tokens, batch_size=QUERIES)
-        back = lambda x: jnp.moveaxis(x, 0, 3).reshape(batch, heads, rows, *x.shape[4:])  # noqa: E731
-        return jax.tree.map(back, parts)
-
-    def _read_some(self, q: Array, q_pos: Array, spec: LayerSpec) -> Part:
-        asked = take_slots(q.reshape(*q.shape[:2], -1)[:, None], jnp.maximum(self.owner, 0)[:, None])[:, 0]
-        asked = asked.reshape(*self.owner.shape, *q.shape[2:])  # Of each page's owner, [B, N, G * T, D].
-        mask = visible(q_pos[:, None], self.page_pos, spec.window)
-        logits = self.k_codec.dot(asked, self.k)
-        each = attend_part(logits, mask, lambda p: self.v_codec.mix(p, self.v), spec.softcap)
-        return join_pages(each, self._mine)
+    def _tables(self) -> tuple[Array, Array]:
+        """Each head's pages [B, H, N] int32, and how many they are [B, H] int32."""
+        mine = self._mine
+        rank, pages = jnp.cumsum(mine, -1) - 1, mine.shape[-1]
+        place = jnp.where(mine, rank, pages)
+        number = jnp.broadcast_to(jnp.arange(pages, dtype=jnp.int32), mine.shape)
+        table = jnp.zeros(mine.shape, jnp.int32)
+        return jnp.put_along_axis(table, place, number, -1, inplace=False, mode="drop"), mine.sum(-1, dtype=jnp.int32)
 
     def append(self, new: Tokens, marks: Array | None = None) -> "Pages":
         """All heads get the new tokens behind their tails; what is complete becomes pages."""
@@ -187,24 +210,6 @@ class Pages(Layer):
             owner=pad(self.owner, EMPTY),
             page_pos=pad(self.page_pos, EMPTY),
         )
-
-
-def join_pages(each: Part, mine: Array) -> Part:
-    """Attention of heads from that of their pages.
-
-    Args:
-      each: Of every page, [B, N, G * T, ...].
-      mine: Which pages are a head's own [B, H, N] bool.
-
-    Returns:
-      [B, H, G * T, ...], without logits.
-    """
-    lses = jnp.where(mine[..., None], each.lse[:, None], NEG)  # [B, H, N, G * T].
-    top = lses.max(2, initial=NEG)
-    shares = jnp.where(lses > NEG, jnp.exp(lses - top[:, :, None]), 0.0)
-    total = shares.sum(2)
-    out = jnp.einsum("bhnr,bnrd->bhrd", shares, each.out) / jnp.maximum(total, 1e-30)[..., None]
-    return Part(out=out, lse=jnp.where(total > 0, top + jnp.log(jnp.maximum(total, 1e-30)), NEG))
 
 
 @typing.no_type_check

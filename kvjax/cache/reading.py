@@ -16,7 +16,9 @@ from jax import Array, lax
 from kvjax.cache.layer import Layer, Mark
 from kvjax.cache.slots import Slots, put_slots, take_slots
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
+from kvjax.kernels.paged import PagedRequest, paged_attention
 from kvjax.kernels.parts import NEG, Part, attend_part, dot_keys, fold, visible
+from kvjax.kernels.vectors import as_vectors
 
 LEAST_PAGES = 3
 
@@ -121,10 +123,31 @@ class BoundedPages(Reader):
         del mark
         own, layer = own_slots(self.inner, new.pos.shape[1]), self.append(new)
         pages, valid = layer.choose(new.q, own)
+        if new.pos.shape[1] == 1 and not self.inner.latent:
+            return layer._read_pages(new, spec, pages[:, :, 0], valid[:, :, 0].sum(-1, dtype=jnp.int32)), layer, shared
         slot = jnp.arange(self.page, dtype=jnp.int32)
         index = (pages[..., None] * self.page + slot).reshape(*pages.shape[:3], -1)
         valid = jnp.repeat(valid, self.page, -1) & (index < layer.inner.capacity)
         return read_slots(layer.inner, new, spec, index, valid), layer, shared
+
+    def _read_pages(self, new: Tokens, spec: LayerSpec, table: Array, count: Array) -> Array:
+        """Attention of one stored token over its pages [B, H * G, N], the first `count` of them: [B, H * G, 1, D]."""
+        inner, (k, v) = self.inner, (as_vectors(x) for x in (self.inner.k, self.inner.v))
+        heads = k.codes.shape[:2]
+        request = PagedRequest(
+            q=new.q * spec.scale,
+            k=k,
+            v=v,
+            table=table,
+            count=count,
+            lengths=jnp.broadcast_to(inner.count, heads),
+            q_pos=new.pos,
+            pos=jnp.broadcast_to(inner.pos, (*heads, inner.capacity)) if spec.window else None,
+            page=self.page,
+            window=spec.window,
+            softcap=spec.softcap,
+        )
+        return paged_attention(request, spec.kernels).out
 
     def choose(self, q: Array, own: Array) -> tuple[Array, Array]:
         """The best pages of each query q [B, H * G, T, D], whose tokens are at slots own [B, T].

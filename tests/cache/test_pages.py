@@ -100,7 +100,7 @@ def test_nothing_is_padded_beyond_a_page():
 
 @pytest.mark.parametrize("length", [1, 5, 19])
 def test_attention_is_that_of_each_heads_tokens(length):
-    """A chunk longer than `QUERIES` is read in pieces."""
+    """However many tokens come at once."""
     counts = [length, max(length - 2, 1)]
     new = new_tokens(length, counts)
     layer = build().reserve(length)
