@@ -29,7 +29,9 @@ from kvjax.kernels.prefill.xla import window_weights
 
 LANES = 128
 ROWS = 1024  # Queries (of all heads of a block together) whose scores are taken at once.
-KEYS = 512  # Keys of a block.
+AT_ONCE = 256  # Of these, by products and exponentials in turn.
+KEYS = 512  # Keys of a block, and queries of a head at most.
+WIDE = 1280  # Bytes of a key or value from which on blocks are smaller; at twice as many they fit no more.
 SUMS = 4 << 20  # Bytes of unfinished column sums that may lie in VMEM.
 FAR = jnp.iinfo(jnp.int32).max
 
@@ -45,6 +47,9 @@ def refuse(request: Request) -> str | None:
     dims = request.k.shape[-1], request.v.shape[-1]
     if any(dim % 16 for dim in dims):
         return f"It takes keys and values of a multiple of 16 channels, not {dims[0]} and {dims[1]}."
+    size = max(_bytes(request.k), _bytes(request.v))
+    if size > 2 * WIDE:
+        return f"It takes keys and values of at most {2 * WIDE} bytes, not {size}."
     return None
 
 
@@ -250,7 +255,7 @@ def _flash(
     """Attention of q [B, H, G, T, D] over one store: a part whose arrays are [B, H, G, T, ...], and the mean logit."""
     batch, kv_heads, group, length, dim = q.shape
     value_dim, slots = store.v.shape[-1], store.k.shape[2]
-    tiles = _tiles(group, length, slots, block, keys)
+    tiles = _tiles(group, length, slots, _wide(store), block, keys)
     low, high, place = _whole(low, high, store.place, tiles)
     tables = _tables(low, high, place, tiles)
     blocks, partners = low.shape[1] // tiles.queries, place.shape[2] // tiles.keys
@@ -268,6 +273,7 @@ def _flash(
     per_query = lambda b, h, g, i, j, *tables: (b, h, g, 0, i)  # noqa: E731
     row = lambda b, h, g, i, j, *tables: (b, 0, i)  # noqa: E731
     partner = lambda b, h, g, i, j, *tables: grid.partner(b, h, i, j, Tables(*tables))  # noqa: E731
+    q = q.astype(store.k.dtype)
     k, k_spec = _keys_spec(store.k, tiles.keys, partner)
     v, v_spec = _keys_spec(store.v, tiles.keys, partner)
     # Statistics of a query lie on lanes; the axis of size one keeps blocks whole tiles whatever the number of heads.
@@ -327,23 +333,34 @@ def _flash_kernel(*refs: Any, grid: Grid, tiles: Tiles, softcap: float, entropy:
             ref[...] = jnp.zeros_like(ref)
 
     def add(masked: bool):
-        s = _scores(q, k, softcap, turned[0])
-        values = v[0, 0]
-        if masked:
-            column = _column(place[0, 0])
-            seen = _seen(low, high, column, tiles)
-            s = jnp.where(seen, s, NEG)
+        values, column = v[0, 0], _column(place[0, 0]) if masked else None
+        if column is not None:
             values = _present(values, place[0, 0], column, turned[1])
-        above = jnp.maximum(top[...], s.max(0, keepdims=True))
-        p = jnp.exp(s - above)
-        p = jnp.where(seen, p, 0.0) if masked else p
-        fade = jnp.exp(top[...] - above)
-        top[...] = above
-        total[...] = fade * total[...] + p.sum(0, keepdims=True)
-        if entropy:
-            mixed[0][...] = fade * mixed[0][...] + (p * s).sum(0, keepdims=True)
-        # [Dv, rows] += v^T [Dv, keys] @ p [keys, rows]
-        acc[...] = fade * acc[...] + _dot(values, p.astype(values.dtype), 1 if turned[1] else 0, 0)
+        width = min(tiles.queries, AT_ONCE)
+        units = [(head, start) for start in range(0, tiles.queries, width) for head in range(tiles.heads)]
+
+        def scores(head: int, start: int) -> Array:
+            return _scores(q[0, 0, head, start : start + width], k[0, 0], softcap, turned[0])
+
+        # The products of one unit are there to be taken while the exponentials of the one before are.
+        ahead = scores(*units[0])
+        for unit, (head, start) in enumerate(units):
+            s, mine = ahead, slice(head * tiles.queries + start, head * tiles.queries + start + width)
+            if unit + 1 < len(units):
+                ahead = scores(*units[unit + 1])
+            seen = None if column is None else _seen(low, high, column, start, width)
+            s = s if seen is None else jnp.where(seen, s, NEG)
+            above = jnp.maximum(top[:, mine], s.max(0, keepdims=True))
+            p = jnp.exp(s - above)
+            p = p if seen is None else jnp.where(seen, p, 0.0)
+            fade = jnp.exp(top[:, mine] - above)
+            top[:, mine] = above
+            total[:, mine] = fade * total[:, mine] + p.sum(0, keepdims=True)
+            if entropy:
+                mixed[0][:, mine] = fade * mixed[0][:, mine] + (p * s).sum(0, keepdims=True)
+            # [Dv, width] += v^T [Dv, keys] @ p [keys, width]
+            new = _dot(values, p.astype(values.dtype), 1 if turned[1] else 0, 0)
+            acc[:, mine] = fade * acc[:, mine] + new
 
     inside, whole = grid.visible(b, h, i, step, tables)
     pl.when(inside & whole)(lambda: add(masked=False))
@@ -383,7 +400,7 @@ def _columns(
     """Sums over queries of attention weights times counts [C, B, T]: [C, B, H, G, S] float32."""
     batch, kv_heads, group, length, dim = q.shape
     slots, number = store.k.shape[2], counts.shape[0]
-    tiles = _tiles(group, length, slots, block, keys, number)
+    tiles = _tiles(group, length, slots, _wide(store), block, keys, number)
     low, high, place = _whole(low, high, store.place, tiles)
     counts = jnp.moveaxis(_pad(counts, 2, low.shape[1], 0), 0, 1)
     tables = _tables(low, high, place, tiles, (counts != 0).any(1))
@@ -401,6 +418,7 @@ def _columns(
     row = lambda *at: (at[0], 0, partner(*at))  # noqa: E731
     query = lambda *at: (*at[:3], partner(*at), 0)  # noqa: E731
     per_query = lambda *at: (*at[:3], 0, partner(*at))  # noqa: E731
+    q = q.astype(store.k.dtype)
     k, k_spec = _keys_spec(store.k, tiles.keys, mine)
     sums = pl.pallas_call(
         functools.partial(_columns_kernel, grid=grid, tiles=tiles, softcap=softcap, plain=plain, turned=_turned(dim)),
@@ -440,19 +458,17 @@ def _columns_kernel(*refs: Any, grid: Grid, tiles: Tiles, softcap: float, plain:
         acc[...] = jnp.zeros_like(acc)
 
     def add(masked: bool):
-        s = _scores(q, k, softcap, turned)
-        logs = jnp.concatenate([lse[0, 0, head] for head in range(tiles.heads)], 1)
-        if masked:
-            seen = _seen(low, high, _column(place[0, 0]), tiles)
-            p = jnp.where(seen, jnp.exp(jnp.where(seen, s, NEG) - logs), 0.0)
-        else:
-            p = jnp.exp(s - logs)
+        seen = _seen(low, high, _column(place[0, 0]), 0, tiles.queries) if masked else None
         for head in range(tiles.heads):
+            s = _scores(q[0, 0, head], k[0, 0], softcap, turned)
+            s = s if seen is None else jnp.where(seen, s, NEG)
+            p = jnp.exp(s - lse[0, 0, head])
+            p = p if seen is None else jnp.where(seen, p, 0.0)
             for c, alike in enumerate(plain):
                 received = acc[c, head]
                 for start in range(0, tiles.queries, LANES):
-                    mine = p[:, head * tiles.queries + start : head * tiles.queries + start + LANES]
-                    received += mine if alike else mine * counts[0, c : c + 1, start : start + LANES]
+                    lanes = slice(start, start + LANES)
+                    received += p[:, lanes] if alike else p[:, lanes] * counts[0, c : c + 1, lanes]
                 acc[c, head] = received
 
     inside, whole = grid.visible(b, h, i, step, tables)
@@ -469,9 +485,9 @@ def _columns_kernel(*refs: Any, grid: Grid, tiles: Tiles, softcap: float, plain:
 # Pieces of both kernels.
 
 
-def _scores(q: Any, k: Any, softcap: float, turned: bool) -> Array:
-    """Logits [keys, heads * queries] float32."""
-    s = _dot(k[0, 0], q[0, 0].reshape(-1, q.shape[-1]), 0 if turned else 1, 1)
+def _scores(q: Array, k: Array, softcap: float, turned: bool) -> Array:
+    """Logits [keys, queries] float32."""
+    s = _dot(k, q, 0 if turned else 1, 1)
     return softcap * jnp.tanh(s / softcap) if softcap else s
 
 
@@ -488,10 +504,10 @@ def _column(row: Array) -> Array:
     return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
 
 
-def _seen(low: Any, high: Any, column: Array, tiles: Tiles) -> Array:
-    """Which key each query sees: [keys, heads * queries] bool."""
-    low, high = (jnp.concatenate([x[0]] * tiles.heads, 1) for x in (low, high))
-    return (column >= low) & (column <= high)
+def _seen(low: Any, high: Any, column: Array, start: int, width: int) -> Array:
+    """Which key `width` queries from `start` on see: [keys, width] bool."""
+    mine = slice(start, start + width)
+    return (column >= low[0, :, mine]) & (column <= high[0, :, mine])
 
 
 def _present(values: Array, row: Array, column: Array, turned: bool) -> Array:
@@ -502,6 +518,15 @@ def _present(values: Array, row: Array, column: Array, turned: bool) -> Array:
 def _turned(dim: int) -> bool:
     """Whether keys or values are read with their channels on sublanes."""
     return dim % LANES != 0
+
+
+def _bytes(x: Array) -> int:
+    return x.shape[-1] * x.dtype.itemsize
+
+
+def _wide(store: Keys) -> bool:
+    """Whether blocks have to be smaller to fit VMEM."""
+    return max(_bytes(store.k), _bytes(store.v)) > WIDE
 
 
 def _keys_spec(x: Array, keys: int, block: Any) -> tuple[Array, pl.BlockSpec]:
@@ -518,14 +543,15 @@ def _place_spec(place: Array, keys: int, block: Any) -> pl.BlockSpec:
     return pl.BlockSpec((1, 1, 1, keys), lambda *at: (at[0], 0 if shared else at[1], 0, block(*at)))
 
 
-def _tiles(group: int, length: int, slots: int, block: int | None, keys: int, sums: int = 0) -> Tiles:
-    """Block sizes: so many heads together that a block has `ROWS` rows, and that their sums fit."""
+def _tiles(group: int, length: int, slots: int, wide: bool, block: int | None, keys: int, sums: int = 0) -> Tiles:
+    """Block sizes: so many heads together that a block has `ROWS` rows, half of them if wide, and that sums fit."""
     up = lambda n: n + -n % LANES  # noqa: E731
+    rows = ROWS // 2 if wide else ROWS
     keys = min(keys, up(slots))
-    heads = max(n for n in range(1, group + 1) if group % n == 0 and n <= ROWS // LANES)
+    heads = max(n for n in range(1, group + 1) if group % n == 0 and n <= rows // LANES)
     while sums * heads * keys * LANES * 4 > SUMS and heads > 1:
         heads = max(n for n in range(1, heads) if group % n == 0)
-    queries = min(up(length), max(LANES, min(KEYS, ROWS // heads // LANES * LANES)))
+    queries = min(up(length), max(LANES, min(KEYS, rows // heads // LANES * LANES)))
     return Tiles(heads, min(queries, up(block)) if block else queries, keys)
 
 
