@@ -14,8 +14,10 @@
 - shapes: bandwidth for 64 and 256 channels, for other groups of heads, and ragged batches.
 
 Every row is written as soon as it is there, to `benchmarks/<device>/<date>.json` and, after each part, to a table
-beside it: an interruption loses nothing. A part that runs out of its share of the time says how much it left out. With
-`--quick --small` all of it runs on a CPU with tiny shapes and interpreted kernels: that it runs, and no more.
+beside it: an interruption loses nothing. The work is done in a process of its own: where a kernel hangs or takes it
+down, that is recorded, and another process goes on with the rest. A part that runs out of its share of the time says
+how much it left out. With `--quick --small` all of it runs on a CPU with tiny shapes and interpreted kernels: that it
+runs, and no more.
 
 The exit code is 1 if a kernel is wrong, or fails where it should serve.
 """
@@ -30,6 +32,7 @@ import importlib.metadata
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -51,6 +54,10 @@ SHARES = {"numerics": 0.25, "bandwidth": 0.25, "steps": 0.25, "peers": 0.15, "sh
 BYTE_CYCLE = 2**27  # As `kvjax.evaluation.kernels.CHIP_CACHE`, for the process that does not import kvjax.
 
 
+STALL = 150.0  # Seconds without a sign of life after which the working process is given up.
+RESTARTS = 6
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What all parts know.
@@ -59,11 +66,15 @@ class Run:
       options: Of the command line.
       bandwidth: Of a copy, in bytes per second.
       until: `time.monotonic()` after which a part begins nothing new.
+      tried: What this part has begun already, by name, in a process before this one.
+      begin: To be told what is begun.
     """
 
     options: argparse.Namespace
     bandwidth: float
     until: float
+    tried: frozenset[str]
+    begin: Callable[[str], None]
 
     @property
     def over(self) -> bool:
@@ -73,50 +84,119 @@ class Run:
 def main() -> None:
     options = arguments()
     if options.torch_peers:
-        print(json.dumps(torch_peers(json.loads(options.torch_peers))))
-        return
+        torch_peers(json.loads(options.torch_peers))
+    elif options.date:
+        work(options)
+    else:
+        supervise(options)
+
+
+def supervise(options: argparse.Namespace) -> None:
+    """Lets a process work, and another one after it where it does not come to its end."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped."))  # So that the working process ends too.
+    date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    job = ["--date", date, "--end", str(time.time() + options.seconds)]
+    found = lambda: next(Path(options.out).glob(f"*/{file_stem(date)}.json"), None)  # noqa: E731
+    for _ in range(RESTARTS + 1):
+        worker = subprocess.Popen([sys.executable, *sys.argv, *job])
+        try:
+            ended = wait(worker, found)
+        finally:
+            worker.kill()
+            worker.wait()
+        if ended == 0:
+            break
+        print("The working process " + ("hangs" if ended is None else f"ended with {ended}") + ".", flush=True)
+        if found() is None:
+            sys.exit("It did not get as far as its first result.")
+    path = found()
+    assert path is not None
+    report = json.loads(path.read_text())
+    print(f"{path}\n{path.with_suffix('.md')}")
+    checks = report["parts"].get("numerics", [])
+    wrong = [row["check"] for row in checks if row.get("verdict", "PASS") not in ("PASS", "refused")]
+    broken = [part for part in options.only if part not in report["ended"]]
+    if wrong or broken:
+        sys.exit(f"Wrong: {'; '.join(wrong) or 'nothing'}. Parts that broke off: {', '.join(broken) or 'none'}.")
+
+
+def wait(worker: subprocess.Popen, found: Callable[[], Path | None]) -> int | None:
+    """The exit code of a process; None where it gives no sign of life."""
+    sign = time.time()
+    while time.time() < sign + STALL:
+        try:
+            return worker.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            path = found()
+            sign = max(sign, path.stat().st_mtime if path else 0.0)
+    return None
+
+
+def work(options: argparse.Namespace) -> None:
+    """All parts that have not ended; what a process before this one was at counts as tried."""
     import jax
 
     from kvjax.evaluation.kernels import copy_bandwidth
     from kvjax.kernels import choose
+    from kvjax.kernels.tuning import file_name
 
-    start, device = time.monotonic(), choose.device_kind()
-    bandwidth = copy_bandwidth(2**24 if options.small else None)
+    device, bandwidth = choose.device_kind(), copy_bandwidth(2**24 if options.small else None)
     print(f"{device}, jax {jax.__version__}: a copy moves {bandwidth / 1e9:,.0f} GB/s", flush=True)
-    report: Row = {
+    fresh: Row = {
         "device": device,
         "backend": jax.default_backend(),
         "jax": jax.__version__,
         "commit": options.commit or commit(),
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "date": options.date,
         "quick": options.quick,
         "small": options.small,
         "copy_bytes_per_s": bandwidth,
         "parts": {},
+        "tried": [],
+        "running": False,
+        "ended": [],
     }
-    path = report_path(Path(options.out), device, report["date"])
-    left, broken = sum(SHARES[part] for part in options.only), []
-    for name in options.only:  # What a part does not use, the next ones have.
-        remaining = start + options.seconds - time.monotonic()
-        until = time.monotonic() + remaining * SHARES[name] / left
+    path = Path(options.out) / file_name(device).removesuffix(".json") / f"{file_stem(options.date)}.json"
+    report = json.loads(path.read_text()) if path.is_file() else fresh
+    save = lambda: write(path, json.dumps(report, indent=1))  # noqa: E731
+    if report["running"]:
+        lost(report, report["tried"][-1])
+    save()
+    parts = [part for part in options.only if part not in report["ended"]]
+    left = sum(SHARES[part] for part in parts)
+    for name in parts:  # What a part does not use, the next ones have.
+
+        def begin(item: str, name: str = name) -> None:
+            report["tried"].append([name, item])
+            report["running"] = True
+            save()
+
+        tried = frozenset(item for part, item in report["tried"] if part == name)
+        begun = time.monotonic()
+        until = begun + (options.end - time.time()) * SHARES[name] / left
         left -= SHARES[name]
         rows = report["parts"].setdefault(name, [])
-        begin = time.monotonic()
         try:
-            for row in PARTS[name](Run(options, bandwidth, until), report):
+            for row in PARTS[name](Run(options, report["copy_bytes_per_s"], until, tried, begin), report):
                 rows.append(row)
+                report["running"] = False
                 print(f"{name}: {sentence(row)}", flush=True)
-                write(path, json.dumps(report, indent=1))
+                save()
+            report["ended"].append(name)
         except Exception:  # What was measured so far counts, and so do the parts that follow.
             traceback.print_exc()
-            broken.append(name)
+        report["running"] = False
+        save()
         write(path.with_suffix(".md"), markdown(report))
-        print(f"{name} took {time.monotonic() - begin:.0f} s", flush=True)
-    print(f"{path}\n{path.with_suffix('.md')}")
-    checks = report["parts"].get("numerics", [])
-    wrong = [row["check"] for row in checks if row.get("verdict", "PASS") not in ("PASS", "refused")]
-    if wrong or broken:
-        sys.exit(f"Wrong: {'; '.join(wrong) or 'nothing'}. Parts that broke off: {', '.join(broken) or 'none'}.")
+        print(f"{name} took {time.monotonic() - begun:.0f} s", flush=True)
+
+
+def lost(report: Row, tried: Sequence[str]) -> None:
+    """A row for what took the process down."""
+    part, item = tried
+    error = "the process hung or died"
+    row = {"check": item, "verdict": "ERROR"} if part == "numerics" else {"item": item}
+    report["parts"].setdefault(part, []).append(row | {"error": error})
 
 
 def arguments() -> argparse.Namespace:
@@ -129,6 +209,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", default=str(ROOT / "benchmarks"), help="folder of results")
     parser.add_argument("--commit", default="", help="of the code, where there is no git to ask")
     parser.add_argument("--torch-peers", help=argparse.SUPPRESS)
+    parser.add_argument("--date", help=argparse.SUPPRESS)
+    parser.add_argument("--end", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.only = [part.strip() for part in options.only.split(",") if part.strip()]
     for part in options.only:
@@ -142,10 +224,9 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def report_path(folder: Path, device: str, date: str) -> Path:
-    from kvjax.kernels.tuning import file_name
-
-    return folder / file_name(device).removesuffix(".json") / f"{date[:16].replace(':', '')}.json"
+def file_stem(date: str) -> str:
+    """Of a report: "2031-05-01T1030" and seconds, from a date in ISO's form."""
+    return date[:19].replace(":", "")
 
 
 def write(path: Path, text: str) -> None:
@@ -193,17 +274,20 @@ def numerics(run: Run, report: Row) -> Iterator[Row]:
     device, waiting = jax.devices()[0], collections.deque[tuple[Check, Future[Any]]]()
     with ThreadPoolExecutor(2 if run.options.small else 8) as pool:
         for check in all_checks(run.options):
+            if check.name in run.tried:
+                continue
             if check.refuse:
+                run.begin(check.name)
                 yield {"check": check.name, "verdict": "refused", "why": check.refuse}
                 continue
             waiting.append((check, pool.submit(prepare_check, check)))
             while waiting and waiting[0][1].done() and not run.over:
-                yield judge(*waiting.popleft(), device)
+                yield judge(run, *waiting.popleft(), device)
             if run.over:
                 break
         else:
             while waiting and not run.over:
-                yield judge(*waiting.popleft(), device)
+                yield judge(run, *waiting.popleft(), device)
             if not waiting:
                 return
         for _, future in waiting:
@@ -227,9 +311,10 @@ def host() -> Any:
     return jax.local_devices(backend="cpu")[0]
 
 
-def judge(check: Check, prepared: Future[Any], device: Any) -> Row:
+def judge(run: Run, check: Check, prepared: Future[Any], device: Any) -> Row:
     import jax
 
+    run.begin(check.name)
     row: Row = {"check": check.name}
     try:
         compiled, wanted = prepared.result()
@@ -411,15 +496,20 @@ def shapes(run: Run, report: Row) -> Iterator[Row]:
 
 
 def measured(run: Run, cases: Sequence[Any]) -> Iterator[Row]:
+    """Rows of cases, in order: bfloat16 comes first among those of a shape."""
     from kvjax.evaluation.kernels import bench_kernels
 
-    done = 0
+    left = collections.deque(case for case in cases if str(case) not in run.tried)
     seconds = 1e-4 if run.options.small else None
-    for row in bench_kernels(cases, bandwidth=run.bandwidth, seconds=seconds, until=run.until):
-        done += 1
+    rows = bench_kernels(tuple(left), bandwidth=run.bandwidth, seconds=seconds, until=run.until)
+    while left and not run.over:
+        run.begin(str(left[0]))
+        if (row := next(rows, None)) is None:
+            break
+        left.popleft()
         yield row
-    if done < len(cases):
-        yield skipped([f"{case.kind} at {case.context} x {case.batch}" for case in cases[done:]])
+    if left:
+        yield skipped([f"{case.kind} at {case.context:,} x {case.batch}" for case in left])
 
 
 # Peers
@@ -436,17 +526,21 @@ def peers(run: Run, report: Row) -> Iterator[Row]:
     else:
         grid = [(32768, 8), (131072, 1)] + ([] if run.options.quick else [(131072, 8), (4096, 8), (32768, 1)])
         cases = [kernels.Case(kind="bf16", context=context, batch=batch) for context, batch in grid]
-    functions, missing = jax_peers()
+    every, missing = jax_peers()
     seconds = 1e-4 if run.options.small else 0.05
     for case in cases:
+        where = f"{case.context} x {case.batch}"
+        functions = {name: function for name, function in every.items() if f"{name} at {where}" not in run.tried}
         if run.over:
-            yield skipped([f"all at {case.context} x {case.batch}"])
+            yield skipped([f"all at {where}"])
             continue
         programs = [peer_program(case, function) for function in functions.values()]
         compiled = kernels.compile_all(programs, run.bandwidth, seconds, workers=8)
         for name, one in zip(functions, compiled, strict=True):
+            run.begin(f"{name} at {where}")
             yield peer_row(name, case, kernels.time_one(one, run.bandwidth, 5), report)
-    if jax.default_backend() == "gpu" and installed("torch") and not run.over:
+    if jax.default_backend() == "gpu" and installed("torch") and not run.over and "PyTorch" not in run.tried:
+        run.begin("PyTorch")
         for row in torch_rows(cases, run):
             case = next(case for case in cases if (case.context, case.batch) == (row["context"], row["batch"]))
             name, found = row["peer"], {key: row[key] for key in ("error", "seconds") if key in row}
@@ -521,20 +615,25 @@ def peer_program(case: Any, attention: Callable[..., Any]) -> Any:
 
 
 def torch_rows(cases: Sequence[Any], run: Run) -> list[Row]:
-    """What the process that imports PyTorch says."""
+    """What the process that imports PyTorch says, as far as it gets."""
     wanted = [dataclasses.asdict(case) for case in cases]
     command = [sys.executable, __file__, "--torch-peers", json.dumps(wanted)]
-    timeout = max(run.until - time.monotonic(), 60)
+    timeout = min(max(run.until - time.monotonic(), 60), STALL - 30)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-        return json.loads(done.stdout.splitlines()[-1])
-    except (subprocess.TimeoutExpired, IndexError, ValueError) as error:
-        name, shape = "PyTorch", {"context": cases[0].context, "batch": cases[0].batch}
-        return [{"peer": name, **shape, "error": f"{type(error).__name__}: its process gave no result"}]
+        text, why = done.stdout, (done.stderr.strip().splitlines() or [""])[-1][:200] if done.returncode else ""
+    except subprocess.TimeoutExpired as error:
+        text, why = (error.stdout or b"").decode(), "no time"
+    rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    shape = {"context": cases[-1].context, "batch": cases[-1].batch}
+    return rows + ([{"peer": "PyTorch", **shape, "error": why}] if why else [])
 
 
-def torch_peers(cases: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """SDPA and FlexAttention over bfloat16 keys and values, by CUDA events; runs in a process without JAX."""
+def torch_peers(cases: Sequence[Mapping[str, Any]]) -> None:
+    """SDPA and FlexAttention over bfloat16 keys and values, by CUDA events; runs in a process without JAX.
+
+    Prints a row of JSON for each.
+    """
     torch: Any = importlib.import_module("torch")
     flex: Any = importlib.import_module("torch.nn.attention.flex_attention")
     compiled = torch.compile(flex.flex_attention, dynamic=False)
@@ -543,21 +642,19 @@ def torch_peers(cases: Sequence[Mapping[str, Any]]) -> list[Row]:
         "PyTorch SDPA": lambda q, k, v: sdpa(q, k, v, enable_gqa=True),
         "PyTorch FlexAttention": lambda q, k, v: compiled(q, k, v, enable_gqa=True),
     }
-    rows = []
     for case in cases:
         batch, heads, dim, context = (case[name] for name in ("batch", "heads", "dim", "context"))
-        nbytes = 4 * batch * heads * context * dim
-        copies = min(max(-(-BYTE_CYCLE // nbytes), 1), 8)
-        kv = lambda shape=(batch, heads, context, dim): torch.randn(shape, device="cuda", dtype=torch.bfloat16)  # noqa: E731
-        q = torch.randn((batch, heads * case["group"], case["tokens"], dim), device="cuda", dtype=torch.bfloat16)
-        stores = [(kv(), kv()) for _ in range(copies)]
+        copies = min(max(-(-BYTE_CYCLE // (4 * batch * heads * context * dim)), 1), 8)
+        draw = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+        q = draw((batch, heads * case["group"], case["tokens"], dim))
+        stores = [tuple(draw((batch, heads, context, dim)) for _ in range(2)) for _ in range(copies)]
         for name, function in functions.items():
             row = {"peer": name, "context": context, "batch": batch}
             try:
-                rows.append(row | {"seconds": torch_seconds(torch, function, q, stores)})
+                row["seconds"] = torch_seconds(torch, function, q, stores)
             except Exception as error:  # A peer that cannot serve a shape is a result.
-                rows.append(row | {"error": f"{type(error).__name__}: {str(error).strip()[:200]}"})
-    return rows
+                row["error"] = f"{type(error).__name__}: {str(error).strip()[:200]}"
+            print(json.dumps(row), flush=True)
 
 
 def torch_seconds(torch: Any, function: Callable[..., Any], q: Any, stores: Sequence[Any]) -> float:
@@ -630,21 +727,26 @@ def steps(run: Run, report: Row) -> Iterator[Row]:
     contexts = (256,) if options.small else (131072,) if options.quick else (131072, 32768)
     snapkv = "snapkv(128)" if options.small else "snapkv(4096)"
     policies = ("full", "kivi", snapkv) if options.small else ("full", "int8", "kivi(bits=4)", "kivi", snapkv)
-    wanted = [(context, policy) for context in contexts for policy in policies]
     params = random_params(config, query_dtype())
     abstract = jax.eval_shape(lambda: params)
-    with ThreadPoolExecutor(2 if options.small else 6) as pool:
-        preparing = [pool.submit(prepare_steps, abstract, config, *each) for each in wanted]
     read = sum(x.nbytes for x in jax.tree.leaves(params)) - (0 if config.tied else params["embed"].nbytes)
-    for i, ((context, policy), prepared) in enumerate(zip(wanted, preparing, strict=True)):
+    for context in contexts:
         if run.over:
-            yield skipped([f"{policy} at {context}" for context, policy in wanted[i:]])
+            yield skipped([f"all at {context}"])
             return
-        row: Row = {"policy": policy, "context": context, "batch": 1}
-        try:
-            yield row | time_steps(prepared.result(), params, read, run.bandwidth)
-        except Exception as error:  # Of a single policy; the others still count.
-            yield row | {"error": f"{type(error).__name__}: {str(error).strip()[:300]}"}
+        left = [policy for policy in policies if f"{policy} at {context}" not in run.tried]
+        with ThreadPoolExecutor(2 if options.small else 8) as pool:  # Nothing is timed while others compile.
+            preparing = [pool.submit(prepare_steps, abstract, config, context, policy) for policy in left]
+        for i, (policy, prepared) in enumerate(zip(left, preparing, strict=True)):
+            if run.over:
+                yield skipped([f"{policy} at {context}" for policy in left[i:]])
+                return
+            run.begin(f"{policy} at {context}")
+            row: Row = {"policy": policy, "context": context, "batch": 1}
+            try:
+                yield row | time_steps(prepared.result(), params, read, run.bandwidth)
+            except Exception as error:  # Of a single policy; the others still count.
+                yield row | {"error": f"{type(error).__name__}: {str(error).strip()[:300]}"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -794,6 +896,8 @@ def sentence(row: Row) -> str:
         return f"no time for {len(row['left_out'])} more, from {row['left_out'][0]} on"
     if "missing" in row:
         return f"missing: {row['peer']}"
+    if "item" in row:
+        return f"{row['item']}: {row['error']}"
     if "verdict" in row:
         told = row.get("why") or row.get("error") or f"largest error {max(row['errors'].values()):.1e}"
         return f"{row['verdict']} {row['check']}: {told}"
@@ -815,8 +919,9 @@ def markdown(report: Row) -> str:
         f"{report['copy_bytes_per_s'] / 1e9:,.0f} GB/s." + (" Tiny shapes: no measurement." if report["small"] else ""),
     ]
     for name, rows in report["parts"].items():
-        lines += ["", f"## {name}", "", *TABLES[name]([row for row in rows if "left_out" not in row])]
-        lines += ["", *(f"{sentence(row).capitalize()}." for row in rows if "left_out" in row)]
+        remarks = [row for row in rows if "left_out" in row or "item" in row]
+        lines += ["", f"## {name}", "", *TABLES[name]([row for row in rows if row not in remarks])]
+        lines += ["", *(f"- {sentence(row)}" for row in remarks)]
     return "\n".join(lines).rstrip()
 
 

@@ -330,9 +330,13 @@ def copy_bandwidth(nbytes: int | None = None, repeats: int = 5) -> float:
     on_cpu = jax.default_backend() == "cpu"
     nbytes = nbytes or (2**27 if on_cpu else 2**30)
     steps = 4 if on_cpu else 32
-    copy = jax.jit(lambda x: lax.fori_loop(0, steps, lambda _, x: x + 1, x))
-    x = jnp.zeros(nbytes // 4, jnp.float32)
-    return 2 * nbytes * steps / median_seconds(lambda: copy(x), repeats)
+    copy = jax.jit(lambda x: lax.fori_loop(0, steps, lambda _, x: x + 1, x), donate_argnums=0)
+    x, times = jnp.zeros(nbytes // 4, jnp.float32), []
+    for _ in range(repeats + 1):  # The first does not count. Each takes over the array of the one before.
+        start = time.perf_counter()
+        x = jax.block_until_ready(copy(x))
+        times.append(time.perf_counter() - start)
+    return 2 * nbytes * steps / statistics.median(times[1:])
 
 
 # Rows
@@ -360,31 +364,26 @@ def bench_kernels(
       until: No case begins after this `time.monotonic()`.
 
     Yields:
-      A row per case. Ratios are times of the other by the kernel's: above 1 the kernel is faster. A case that fails
-      has an "error" and no times.
+      A row per case, bfloat16 first among those of one shape. Ratios are times of the other by the kernel's: above 1
+      the kernel is faster. A case that fails has an "error" and no times.
     """
     bandwidth = bandwidth or copy_bandwidth(repeats=repeats)
     seconds = seconds or (0.01 if jax.default_backend() == "cpu" else 0.05)
     for _, group in itertools.groupby(cases, key=lambda case: case.shape):
         if time.monotonic() > until:
             return
-        together = list(group)
+        together = sorted(group, key=lambda case: case.kind != "bf16")  # What the others are compared with.
         programs = [dense_program(together[0])] + [kernel_program(case, implementation) for case in together]
-        compiled = compile_all(programs, bandwidth, seconds, workers)
-        dense, *timed = (time_one(one, bandwidth, repeats) for one in _until(compiled, until))
-        rows = [_about(case, implementation) | row for case, row in zip(together, timed, strict=False)]
-        plain = next((row.get("seconds") for row in rows if row["kind"] == "bf16"), None)
-        for row in rows:
-            if "error" not in row:
-                row["dense_ratio"] = dense["seconds"] / row["seconds"] if "seconds" in dense else None
-                row["bf16_ratio"] = plain / row["seconds"] if plain else None
+        dense, *compiled = compile_all(programs, bandwidth, seconds, workers)
+        references = {"dense": time_one(dense, bandwidth, repeats).get("seconds"), "bf16": None}
+        for case, one in zip(together, compiled, strict=True):
+            if time.monotonic() > until:
+                return
+            row = _about(case, implementation) | time_one(one, bandwidth, repeats)
+            if "seconds" in row:
+                references |= {"bf16": row["seconds"]} if case.kind == "bf16" else {}
+                row |= {f"{name}_ratio": other and other / row["seconds"] for name, other in references.items()}
             yield row
-
-
-def _until(compiled: Sequence[Any], until: float) -> Iterator[Any]:
-    """The first, and the others while there is time."""
-    yield compiled[0]
-    yield from itertools.takewhile(lambda _: time.monotonic() <= until, compiled[1:])
 
 
 def compile_all(

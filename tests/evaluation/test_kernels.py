@@ -148,9 +148,9 @@ def test_the_command_prints_a_table_and_writes_rows(tmp_path):
     assert done.exit_code == 0, done.output
     assert "of copy" in done.stdout and "there is no Pallas kernel for cpu" in done.stdout
     written = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["kind"] for row in written["rows"]] == ["int8", "bf16"] and written["copy_bytes_per_s"] > 0
+    assert [row["kind"] for row in written["rows"]] == ["bf16", "int8"] and written["copy_bytes_per_s"] > 0
     done = CliRunner().invoke(app, [*command, "--json", "-"])
-    assert [row["kind"] for row in json.loads(done.stdout)["rows"]] == ["int8", "bf16"]
+    assert [row["kind"] for row in json.loads(done.stdout)["rows"]] == ["bf16", "int8"]
 
 
 @pytest.mark.parametrize(
@@ -190,6 +190,37 @@ def test_the_check_of_an_accelerator_runs_from_end_to_end(tmp_path):
     assert sizes["kivi"] < sizes["full"]
     table = path.with_suffix(".md").read_text()
     assert all(f"## {part}" in table for part in parts) and "no measurement" in table
+
+
+DYING = """
+import os, sys
+sys.path.insert(0, {folder!r})
+import check_accelerator
+
+def numerics(run, report):
+    for item in ("a", "b", "c"):
+        if item in run.tried:
+            continue
+        run.begin(item)
+        if item == "b":
+            os._exit(7)
+        yield {{"check": item, "verdict": "PASS", "errors": {{"": 0.0}}, "tolerance": 1.0}}
+
+check_accelerator.PARTS = check_accelerator.PARTS | {{"numerics": numerics}}
+check_accelerator.main()
+"""
+
+
+def test_what_takes_the_process_down_costs_no_other_result(tmp_path):
+    program = tmp_path / "dying.py"
+    program.write_text(DYING.format(folder=str(ROOT / "scripts")))
+    command = [sys.executable, str(program), "--small", "--only", "numerics", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 1 and "Wrong: b." in done.stderr and "ended with 7" in done.stdout, done.stderr
+    (path,) = tmp_path.glob("cpu/*.json")
+    rows = json.loads(path.read_text())["parts"]["numerics"]
+    assert [(row["check"], row["verdict"]) for row in rows] == [("a", "PASS"), ("b", "ERROR"), ("c", "PASS")]
+    assert "hung or died" in path.with_suffix(".md").read_text()
 
 
 def check_accelerator() -> dict:
