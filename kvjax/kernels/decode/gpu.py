@@ -7,6 +7,7 @@ the kernel works on even and odd channels in turn, and queries and outputs are r
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -41,9 +42,22 @@ def decode(request: Request, *, block: int = 64, stages: int = 2, programs: int 
     if block % BLOCK or block > request.k.slots:
         raise ValueError(f"block must be a multiple of {BLOCK} and at most the {request.k.slots} slots, got {block}.")
     if interpret is True:
-        interpret = plgpu.InterpretGPUParams()
+        interpret = interpreter()
     old = _stored(request, block, stages, programs, interpret or None)
     return old if request.tail is None else merge([old, _tail(request, request.tail)])
+
+
+def interpreter(**options: Any) -> Any:
+    """Parameters of Pallas' interpreter.
+
+    Raises:
+      NotImplementedError: This JAX' interpreter cannot read transposed tiles.
+    """
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        raise NotImplementedError(
+            f"The GPU kernel can be interpreted from JAX 0.11 on, not by {jax.__version__}: use implementation='xla'."
+        )
+    return getattr(plgpu, "InterpretGPUParams")(**options)  # noqa: B009
 
 
 def refuse(request: Request) -> str | None:
@@ -83,14 +97,13 @@ def _refuse_vectors(x: Vectors) -> str | None:
         return f"shares a scale among {channels} channels; 32, 64, 128 or all are possible."
     if tokens > 1 and tokens not in (32, 64) and tokens % 128:
         return f"shares a scale among {tokens} tokens; 32, 64 and multiples of 128 are possible."
-    if tokens > 1 and x.bits == 2 and x.dim % 128:
-        return f"has 2-bit codes with scales per channel and {x.dim} channels; a multiple of 128 is possible."
     if tokens == 1 and (x.slots * x.scale.shape[3] * x.scale.dtype.itemsize) % 16:
         return f"has scales of {x.slots} slots that cannot be copied; a multiple of 16 slots is always possible."
     return None
 
 
 def _stored(request: Request, block: int, stages: int, programs: int, interpret: Any) -> Part:
+    assert request.v is not None
     batch, heads, rows, dim = request.q.shape
     k, v = side(request.k), side(request.v)
     config = Config(

@@ -9,15 +9,19 @@ them: row by row for K, transposed for V, so that tokens stay on the same axis e
 
 import dataclasses
 import functools
+import typing
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mosaic
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, memref, vector as mlir_vector
 
 from kvjax.kernels.decode.gpu_schedule import LOG2E, Schedule
 from kvjax.kernels.parts import NEG
@@ -33,8 +37,8 @@ class Side:
       dim: Channels.
       dtype: Of the codes: bfloat16, int8, float8, or int4 for packed words.
       bits: As in `Vectors`.
-      scaled: "" for no scale; "slot": one per token, without a zero, applied to logits or weights; "group": one per token
-        and `group` channels; "channel": one per channel and `group` tokens.
+      scaled: "" for no scale; "slot": one per token, without a zero, applied to logits or weights; "group": one per
+        token and `group` channels; "channel": one per channel and `group` tokens.
       group: See above.
       scale_dtype: Of scale and zero.
     """
@@ -63,16 +67,15 @@ class Side:
             return self.group // self.planes
         return min(64, self.dim // self.planes) if self.scaled == "channel" else self.dim // self.planes
 
-    def scales(self, block: int) -> tuple[int, ...]:
-        """Scales of a block, as they lie in shared memory."""
+    def scales(self, block: int) -> tuple[int, int]:
+        """Scales of a block: rows of them, each one a vector in memory."""
         if self.scaled == "channel":
             return max(1, block // self.group), self.dim
-        return (block * (self.dim // self.group if self.scaled == "group" else 1),)
+        return 1, block * (self.dim // self.group if self.scaled == "group" else 1)
 
     def arrivals(self, block: int) -> int:
         """Asynchronous copies that bring a block."""
-        shape = self.scales(block)
-        return 1 + len(self.extras()) * (1 if len(shape) > 1 else -(-shape[0] // COPY))
+        return 1 + len(self.extras()) * -(-self.scales(block)[1] // COPY)
 
     @property
     def fragile(self) -> bool:
@@ -129,14 +132,23 @@ def strided(ref: Any, size: int, stride: int, start: int, axis: int, interpret: 
     result = plgpu.ShapeDtypeStruct((size,), ref.dtype, layout=layout)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)
-    def load(_: Any, matrix: Any) -> Any:
-        vector = mosaic.memref_slice(matrix, (slice(None), start))
-        return mosaic.FragmentedArray.load_untiled(vector, layout=layout.to_mgpu(), optimized=False)
+    def load(_: Any, vector: Any) -> Any:
+        dialect: Any = layout.to_mgpu()
+        kind = ir.MemRefType(vector.type).element_type
+        index = lambda value: arith.constant(ir.IndexType.get(), value)  # noqa: E731
+        registers = []
+        for (at,) in dialect.thread_idxs((size,)):
+            first = arith.addi(arith.muli(at, index(stride)), index(start))
+            places = [arith.addi(first, index(stride * i)) for i in range(dialect.vector_length)]
+            elements = [memref.load(vector, [place]) for place in places]
+            registers.append(mlir_vector.from_elements(ir.VectorType.get((len(elements),), kind), elements))
+        shape = dialect.registers_shape((size,))
+        return mosaic.FragmentedArray(_registers=np.array(registers).reshape(shape), _layout=dialect, _is_signed=None)
 
-    return load(ref.reshape(size, stride))
+    return typing.cast(Callable[[Any], Array], load)(ref)
 
 
-def wide(x: Array, shape: tuple[int, int], axis: int) -> Array:
+def wide(x: Array, shape: tuple[int, ...], axis: int) -> Array:
     """Repeats a vector that lies along `axis` of a matrix."""
     return lax.broadcast_in_dim(x, shape, [axis])
 
@@ -154,7 +166,7 @@ def decode_block(side: Side, refs: dict[str, Any], tile: Any, alive: Array | Non
 
     def per_group(name: str, start: int) -> Array:
         groups = side.dim // side.group
-        return strided(refs[name], block, groups, start * side.planes // side.group, 0, interpret).astype(f32)
+        return strided(refs[name].at[0], block, groups, start * side.planes // side.group, 0, interpret).astype(f32)
 
     def per_channel(name: str, row: int, start: int, plane: int) -> Array:
         ref = refs[name].at[row, pl.ds(start * side.planes, width * side.planes)]
@@ -183,7 +195,8 @@ def decode_block(side: Side, refs: dict[str, Any], tile: Any, alive: Array | Non
         return scale, zero
 
     for start in range(0, side.dim // side.planes, width):
-        for plane, (y, offset, factor) in enumerate(unpack(refs["codes"][:, pl.ds(start, width)], side.bits)):
+        raw = plgpu.load(refs["codes"].at[:, pl.ds(start, width)], optimized=False)
+        for plane, (y, offset, factor) in enumerate(unpack(raw, side.bits)):
             if side.scaled in ("group", "channel"):
                 scale, zero = affine(start, plane, offset, factor)
                 y = y * scale + zero
@@ -202,8 +215,8 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
       interpret: None, or how.
 
     Returns:
-      Unnormalised outputs [programs + R, Dv, N] and, for both [programs + R, 2, N], maximum (base 2) and sum of weights,
-      float32. See `gpu_schedule.join`.
+      Unnormalised outputs [programs + R, Dv, N], and maximum (base 2) and sum of weights [programs + R, 2, N], float32.
+      See `gpu_schedule.join`.
     """
     k, v, rows, block, stages = config.k, config.v, config.rows, config.block, config.stages
     bf16, f32 = jnp.bfloat16, jnp.float32
@@ -232,11 +245,11 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
                     groups = pl.ds(lax.div(first, jnp.int32(side.group)), side.scales(block)[0])
                     copy(of_row(name, row).at[groups], target)
                     continue
-                (size,) = side.scales(block)
+                _, size = side.scales(block)
                 for start in range(0, size, COPY):
                     part = min(COPY, size - start)
                     source = pl.ds(first * (size // block) + start, part)
-                    copy(of_row(name, row).at[source], target.at[pl.ds(start, part)])
+                    copy(of_row(name, row).at[source], target.at[0, pl.ds(start, part)])
             if side_name == "k" and config.masked:
                 copy(of_row("pos", row).at[pl.ds(first, block)], mem["pos"].at[slot])
 
@@ -301,9 +314,9 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
                         decode_block(v, refs("v", v, slot), mem["v_tile"], alive() if v.fragile else None, interpret)
                     return ref[...]
 
-                s = pl.run_scoped(logits, plgpu.ACC((block, rows), f32))
+                s = pl.run_scoped(logits, plgpu.WGMMAAccumulatorRef((block, rows), f32))
                 if k.scaled == "slot":
-                    s = s * wide(mem["k_scale"][slot].astype(f32), s.shape, 0)
+                    s = s * wide(mem["k_scale"][slot, 0].astype(f32), s.shape, 0)
                 if config.softcap:
                     s = config.softcap * jnp.tanh(s * (1 / config.softcap))
                 s = jnp.where(seen, s * LOG2E, NEG)
@@ -312,7 +325,7 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
                 p = jnp.where(seen, jnp.exp2(s - wide(new, s.shape, 1)), 0.0)
                 total = total * fade + p.sum(axis=0)
                 if v.scaled == "slot":
-                    p = jnp.where(seen, p * wide(mem["v_scale"][slot].astype(f32), s.shape, 0), 0.0)
+                    p = jnp.where(seen, p * wide(mem["v_scale"][slot, 0].astype(f32), s.shape, 0), 0.0)
                 mem["p"].T[...] = p.astype(bf16)
                 if v.dense:
                     clean(mem["v"].at[slot], alive, first + block > length)
@@ -325,7 +338,7 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
                     plgpu.wgmma(ref, (mem["v"].at[slot] if v.dense else mem["v_tile"]).T, mem["p"].T)
                     return ref[...]
 
-                mixed = pl.run_scoped(mix, plgpu.ACC((v.dim, rows), f32))
+                mixed = pl.run_scoped(mix, plgpu.WGMMAAccumulatorRef((v.dim, rows), f32))
                 plgpu.commit_smem()
                 if v.dense:
                     refill()(functools.partial(fetch, "v", v, row, low + i + stages, slot))

@@ -1,0 +1,89 @@
+"""Compiles the decode kernel for an H200, which need not be there: `python -m tests.aot.compile_gpu`, or only some cases:
+`... KIVI`.
+
+Prints one line of JSON for every case: its name and either an error or the registers, spilled bytes and shared memory
+that it takes, and what XLA does to the cache before the kernel may read it.
+"""
+
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kvjax.kernels.decode import Request, gpu
+from tests.aot.compile_tpu import relayouts, request, size_of
+
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+TARGET = Path(__file__).parent / "h200.textproto"
+SHARED_MEMORY = 227 * 1024
+KINDS = {
+    "bfloat16": ("bfloat16", "bfloat16"),
+    "int8": ("int8", "int8"),
+    "float8": ("float8_e4m3fn", "float8_e4m3fn"),
+    "8-bit": ("8 token 64 bfloat16", "8 token 64 bfloat16"),
+    "4-bit": ("4 token 32 float16", "4 token 32 float16"),
+    "KIVI, 4-bit": ("4 channel 32 float16", "4 token 32 float16"),
+    "KIVI, 2-bit": ("2 channel 32 float16", "2 token 32 float16"),
+}
+
+
+def cases() -> dict[str, Request]:
+    kinds = {f"{name}, D = {d}": request(*kind, d=d) for name, kind in KINDS.items() for d in (64, 128, 256)}
+    some = {
+        "2-bit, one scale per token": request("2 token 128", d=128),
+        "2-bit values of 128 tokens per scale": request("bfloat16", "2 channel 128", d=128),
+        "16 tokens": request("bfloat16", t=8, pos=1),
+        "16 tokens, 4-bit": request("4 token 32 float16", t=4, pos=1),
+        "window, softcap": request("4 token 64 float16", t=2, pos=1, window=100, softcap=30.0, r=32),
+    }
+    return kinds | some
+
+
+def usage(folder: Path) -> dict[str, int]:
+    """What the one kernel takes whose dumps lie in a folder, which is emptied."""
+    text = "".join(path.read_text() for path in folder.iterdir() if path.suffix in (".ptxas", ".txt"))
+    for path in folder.iterdir():
+        path.unlink()
+    number = lambda pattern: max(int(found) for found in re.findall(pattern, text))  # noqa: E731
+    return {
+        "registers": number(r"Used (\d+) registers"),
+        "spills": number(r"(\d+) bytes spill"),
+        "smem": number(r"smem_scratch_bytes=(\d+)"),
+    }
+
+
+def main(only: str = "") -> None:
+    from jax.experimental import topologies
+
+    folder = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
+    topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET.read_text(), topology="1x1x1")
+    placed = NamedSharding(Mesh(topology.devices[:1], ("x",)), PartitionSpec())
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)  # noqa: E731
+    for name, case in cases().items():
+        if only not in name:
+            continue
+        result: dict[str, Any] = {"name": name}
+        try:
+            compiled = jax.jit(gpu.decode).lower(jax.tree.map(place, case)).compile()
+            cache = size_of((case.k, case.v))
+            result |= {
+                "cache": cache,
+                "temp": compiled.memory_analysis().temp_size_in_bytes,
+                "relayouts": relayouts(compiled.as_text(), cache // 100),
+            } | usage(folder)
+        except Exception as error:  # Whatever the compiler says is what the test shows.
+            result["error"] = f"{type(error).__name__}: {error}"[:2000]
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as dumps:
+        # Read when the kernel library is loaded, which nothing above does.
+        os.environ.update(ENVIRONMENT | {"MOSAIC_GPU_DUMP_TO": dumps})
+        main(*sys.argv[1:])
