@@ -183,7 +183,9 @@ def test_the_check_of_an_accelerator_runs_from_end_to_end(tmp_path):
     parts = report["parts"]
     assert list(parts) == ["numerics", "bandwidth", "steps", "peers", "shapes"]
     assert {row["verdict"] for row in parts["numerics"]} == {"PASS"}
-    assert {row["check"].split()[1] for row in parts["numerics"]} == {"tpu", "xla"}
+    checked = {tuple(row["check"].split()[:2]) for row in parts["numerics"]}
+    names = ("decode", "prefill", "paged", "write")
+    assert {(kernel, how.strip(",")) for kernel, how in checked} == {(x, y) for x in names for y in ("tpu", "xla")}
     assert [row["policy"] for row in parts["steps"]] == ["full", "kivi", "snapkv(128)"]
     assert all("error" not in row for rows in parts.values() for row in rows)
     sizes = {row["policy"]: row["cache_nbytes"] for row in parts["steps"]}
