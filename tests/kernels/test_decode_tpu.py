@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,10 @@ from kvjax.kernels.decode import Request, Tail, reference, tpu
 from kvjax.kernels.packing import pack
 from kvjax.kernels.parts import NEG
 from kvjax.kernels.vectors import Vectors
+from tests.aot.compile_tpu import request
 
 FLOAT8 = jnp.float8_e4m3fn
+FAST = {"xla_backend_optimization_level": 0}  # To compile: little is computed.
 
 
 def stored(rng, kind: str, shape: tuple[int, int, int, int], dead: np.ndarray) -> Vectors:
@@ -94,7 +97,7 @@ def make(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("block", "splits", "interpret"))
+@functools.partial(jax.jit, static_argnames=("block", "splits", "interpret"), compiler_options=FAST)
 def run(request, block=128, splits=1, interpret=True):
     return tpu.decode(request, block=block, splits=splits, interpret=interpret)
 
@@ -102,7 +105,7 @@ def run(request, block=128, splits=1, interpret=True):
 def check(request: Request, **kw):
     """Within 2e-5 of the reference for float32 queries; for bfloat16 ones, whose weights and queries are rounded to
     eight bits, within 2 % of the largest value."""
-    want, got = jax.jit(reference.decode)(request), run(request, **kw)
+    want, got = jax.jit(reference.decode, compiler_options=FAST)(request), run(request, **kw)
     error = 2e-5 if request.q.dtype == jnp.float32 else 2e-2
     for name in ("out", "lse", "logits"):
         a, b = (np.asarray(getattr(part, name)) if getattr(part, name) is not None else None for part in (want, got))
@@ -140,17 +143,17 @@ def test_every_kind_of_storage(rng, kind):
     check(make(rng, kind, lengths=EDGES))
 
 
-@pytest.mark.parametrize("d", [128, 256])
 @pytest.mark.parametrize(
-    "k, v",
+    "d, k, v",
     [
-        ("bfloat16", "4 token 64"),
-        ("int8", "float32"),
-        ("4 channel 32 float16", "8 token 64"),
-        ("2 token 32", "2 channel 64"),
+        (128, "bfloat16", "4 token 64"),
+        (128, "4 channel 32 float16", "8 token 64"),
+        (128, "2 token 32", "2 channel 64"),
+        (256, "int8", "float32"),
+        (256, "4 channel 32 float16", "2 token 128 bfloat16"),
     ],
 )
-def test_wide_heads_and_mixed_storage(rng, k, v, d):
+def test_wide_heads_and_mixed_storage(rng, d, k, v):
     check(make(rng, k, v, d=d, lengths=EDGES))
 
 
@@ -159,30 +162,34 @@ def test_heads_of_other_widths(rng, d, kind):
     check(make(rng, kind, d=d, b=1, h=1))
 
 
-@pytest.mark.parametrize(
-    "name, kw",
-    {
-        "window": dict(pos=True, window=100, t=3),
-        "positions and padding": dict(pos=True, t=16),
-        "scores": dict(softcap=5.0, logits=True, lengths=EDGES),
-        "tail": dict(r=5, pos=True, window=150, logits=True, t=3),
-        "tail alone": dict(r=33, lengths=0, logits=True),
-        "one new token in the tail": dict(r=1),
-        "one query head": dict(g=1, logits=True),
-        "one KV head": dict(h=1, g=12, t=2),
-        "splits": dict(s=1024, b=1, h=1, splits=3, r=5, logits=True),
-        "splits without a token": dict(s=512, splits=2, lengths=[[100, 0], [512, 256]], block=256),
-        "ragged end": dict(s=200 + 24),
-        "few slots": dict(s=32),
-    }.items(),
-)
-@pytest.mark.parametrize("kind", [dict(k="bfloat16"), KIVI])
-def test_every_request(rng, kind, name, kw):
-    check(
-        make(rng, **kind, **{k: x for k, x in kw.items() if k not in ("splits", "block")}),
-        splits=kw.get("splits", 1),
-        block=kw.get("block", 128),
-    )
+PLAIN = dict(k="bfloat16")
+REQUESTS = {
+    "window": dict(**PLAIN, pos=True, window=100, t=3),
+    "window, packed": dict(**KIVI, pos=True, window=100, t=3),
+    "positions and padding": dict(**KIVI, pos=True, t=16),
+    "scores": dict(**PLAIN, softcap=5.0, logits=True, lengths=EDGES),
+    "tail": dict(**KIVI, r=5, pos=True, window=150, logits=True, t=3),
+    "tail alone": dict(**PLAIN, r=33, lengths=0, logits=True),
+    "one new token in the tail": dict(**KIVI, r=1),
+    "one query head": dict(**PLAIN, g=1, logits=True),
+    "one KV head": dict(**KIVI, h=1, g=12, t=2),
+    "ragged end": dict(**PLAIN, s=200 + 24),
+    "ragged end, packed": dict(**KIVI, s=200 + 24),
+    "few slots": dict(**KIVI, s=32),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_every_request(rng, name):
+    check(make(rng, **REQUESTS[name]))
+
+
+def test_splits_of_a_long_sequence(rng):
+    check(make(rng, **KIVI, s=1024, b=1, h=1, r=5, logits=True), splits=3)
+
+
+def test_splits_without_a_token(rng):
+    check(make(rng, **PLAIN, s=512, lengths=[[100, 0], [512, 256]]), splits=2, block=256)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "4 token 32"])
@@ -193,12 +200,12 @@ def test_bias(rng, kind):
     check(dataclasses.replace(request, bias=jnp.asarray(bias, jnp.float32)))
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "int8", "4 token 32"])
+@pytest.mark.parametrize("kind", ["bfloat16", "4 token 32"])
 def test_values_in_the_keys(rng, kind):
     check(make(rng, kind, d=96, latent=64, h=1, g=8, r=3, logits=True))
 
 
-@pytest.mark.parametrize("kind", [dict(k="bfloat16"), dict(k="int8"), dict(k="4 token 32"), KIVI])
+@pytest.mark.parametrize("kind", [PLAIN, dict(k="int8", v="4 token 32"), KIVI])
 def test_bfloat16_queries(rng, kind):
     check(make(rng, **kind, q="bfloat16", g=8, r=7, d=128, lengths=EDGES))
 
@@ -251,13 +258,11 @@ def test_refusals_say_why(rng, change, block, says):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("d", [64, 128, 256, 576])
-@pytest.mark.parametrize("s", [100, 1000, 100_000])
-def test_default_blocks_are_valid(kind, d, s):
-    s = -(-s // 256) * 256
-    request = jax.eval_shape(lambda: make(np.random.default_rng(0), kind, s=256, d=d))
-    grow = lambda x: jax.ShapeDtypeStruct((*x.shape[:2], x.shape[2] * s // 256, *x.shape[3:]), x.dtype)  # noqa: E731
-    request = dataclasses.replace(request, k=jax.tree.map(grow, request.k), v=jax.tree.map(grow, request.v))
-    block = tpu.default_block(request)
-    assert tpu.check_block(request, block) is None and block % 128 == 0 and block <= 4096
-    assert block >= min(512, s)
+def test_default_blocks_are_valid(kind):
+    for d, s, kw in itertools.product((64, 128, 256, 576), (256, 1024, 100_096), ({}, dict(t=16), dict(logits=True))):
+        if "token" in kind and d == 576 and kw:
+            continue  # Refused: too many groups for so many rows.
+        shapes = request(kind, d=d, s=s, **kw)
+        block = tpu.default_block(shapes)
+        assert tpu.check_block(shapes, block) is None and block % 128 == 0 and block <= 4096
+        assert block >= min(256, s), (d, s, kw)

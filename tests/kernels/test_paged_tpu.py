@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kvjax.kernels.paged import PagedRequest, reference, tpu, xla
 from kvjax.kernels.parts import NEG
-from tests.kernels.test_decode_tpu import stored
+from tests.kernels.test_decode_tpu import FAST, stored
 
 
 def make(
@@ -67,7 +67,7 @@ def make(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("how", "options"))
+@functools.partial(jax.jit, static_argnames=("how", "options"), compiler_options=FAST)
 def run(request, how, options=()):
     if how == "reference":
         return reference.attend(request)

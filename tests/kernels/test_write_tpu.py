@@ -9,6 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from kvjax.kernels.write import reference, tpu
+from tests.kernels.test_decode_tpu import FAST
 
 LEAVES = {
     "float32 rows": (jnp.float32, (128,)),
@@ -31,7 +32,7 @@ def data(rng, b: int, h: int, s: int, t: int) -> tuple[dict, dict]:
     return draw(s, False), draw(t, False)
 
 
-@functools.partial(jax.jit, static_argnames="interpret")
+@functools.partial(jax.jit, static_argnames="interpret", compiler_options=FAST)
 def put(leaves, slot, values, interpret=True):
     return tpu.put(leaves, slot, values, interpret=interpret)
 
