@@ -25,6 +25,7 @@ from kvjax.kernels.write import tpu as write
 GENERATIONS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # Others may compile at the same time.
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "JAX_PLATFORMS": "cpu",
@@ -107,9 +108,9 @@ def decode_cases() -> dict[str, Request]:
 
 
 def paged_request(k, v=None, *, page=128, d=128, m=16, g=8, t=1, pool=False, pos=False, **kw) -> PagedRequest:
-    """A pool of 2048 pages for 8 heads, or 8 heads of 2**15 slots that are read by 64 query heads, as in Quest."""
+    """A pool of 2**14 pages for 8 heads, or 8 heads of 2**18 slots that are read by 64 query heads, as in Quest."""
     b, hq = 4, 8 if pool else 64
-    size = (b, 2048, page, d) if pool else (b, 8, 2**15, d)
+    size = (b, 2**14, page, d) if pool else (b, 8, 2**18, d)
     return PagedRequest(
         q=shape((b, hq, g * t if pool else t, d), "bfloat16"),
         k=stored(k, size),
