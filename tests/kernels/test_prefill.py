@@ -158,7 +158,7 @@ def test_what_is_refused():
     with pytest.raises(KernelError, match="not float16: cast them first. implementation='xla' can"):
         half = [x.astype(jnp.float16) for x in (q, k, v)]
         prefill_attention(*half, pos, **keywords, implementation="tpu")
-    with pytest.raises(KernelError, match="one of auto, xla, reference, tpu, got 'cuda'"):
+    with pytest.raises(KernelError, match="one of auto, xla, reference, tpu, gpu, got 'cuda'"):
         prefill_attention(q, k, v, pos, **keywords, implementation="cuda")
     request = make_request(q, k, v, pos, **keywords)
     assert (explain(request).implementation, explain(request, "tpu").implementation) == ("xla", "tpu")

@@ -9,6 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from kvjax.kernels.prefill import ColumnSums, Statistics, prefill_attention, tpu
+from kvjax.kernels.prefill.blocks import Tiles, make_tables
 from kvjax.kernels.prefill.request import make_request
 from kvjax.kernels.prefill.xla import prefill as blockwise
 from tests.kernels.prefill_cases import EVERY_SUM, Case, check, draw
@@ -69,13 +70,13 @@ def test_by_name():
 
 def test_blocks_that_see_nothing_are_left_out():
     """Steps stay within the window, and tables name no block beyond what is visible."""
-    length, window, tiles = 2048, 100, tpu.Tiles(heads=1, queries=256, keys=128)
+    length, window, tiles = 2048, 100, Tiles(heads=1, queries=256, keys=128)
     pos = jnp.arange(length, dtype=jnp.int32)[None]
     place = jnp.where(pos < 1100, pos, -1)
-    tables = tpu._tables(jnp.maximum(place - window + 1, 0), place, place[:, None], tiles)
+    tables = make_tables(jnp.maximum(place - window + 1, 0), place, place[:, None], tiles)
     assert tables.first.tolist() == [0, 1, 3, 5, 7, 0, 0, 0]
     assert tables.last.tolist() == [1, 3, 5, 7, 8, -1, -1, -1]
-    by_keys = tpu._tables(jnp.zeros_like(place), place, place[:, None], tiles, counted=place >= 1000)
+    by_keys = make_tables(jnp.zeros_like(place), place, place[:, None], tiles, counted=place >= 1000)
     assert by_keys.first.tolist() == [3] * 8 + [4] + [0] * 7
     assert by_keys.last.tolist() == [4] * 9 + [-1] * 7
     assert tpu._steps(window, 256, 128, 16) == 4

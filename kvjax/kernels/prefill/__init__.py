@@ -16,7 +16,8 @@ from kvjax.kernels.prefill.request import Past as Past, Prefill as Prefill, Requ
 from kvjax.kernels.prefill.statistics import ColumnSums as ColumnSums, Statistics as Statistics
 from kvjax.kernels.prefill.xla import BLOCK as BLOCK
 
-PALLAS = ("tpu",)
+PALLAS = ("tpu", "gpu")
+AUTOMATIC = ("tpu",)  # XLA serves GPUs, until the kernels there have been measured against it.
 
 
 def prefill_attention(
@@ -47,8 +48,8 @@ def prefill_attention(
         sees its own, positions start anew in each, and "last" in sums means the last token of its own. Not with `past`.
       past: Keys and values that the queries see besides, by position.
       statistics: What to say besides the output, over the keys of the past and the new ones.
-      implementation: "auto", "tpu", "xla" or "reference". A Pallas kernel that is named on another machine is
-        interpreted: slow, for tests.
+      implementation: "auto", "tpu", "gpu", "xla" or "reference"; "auto" is "tpu" on TPUs and "xla" elsewhere. A Pallas
+        kernel that is named on another machine is interpreted: slow, for tests.
       block: Queries that attend at once: bounds memory, changes no result but by rounding.
 
     Returns:
@@ -74,7 +75,8 @@ def explain(request: Request, implementation: Implementation = "auto") -> Choice
     Raises:
       KernelError: See `prefill_attention`.
     """
-    return choose.choose(implementation, {name: lambda name=name: _module(name).refuse(request) for name in PALLAS})
+    names = AUTOMATIC if implementation == "auto" else PALLAS
+    return choose.choose(implementation, {name: lambda name=name: _module(name).refuse(request) for name in names})
 
 
 def causal_attention(

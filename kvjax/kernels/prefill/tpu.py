@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kvjax.kernels.parts import NEG, Part, merge
+from kvjax.kernels.prefill.blocks import Tables, Tiles, make_tables, pad
 from kvjax.kernels.prefill.request import Prefill, Request
 from kvjax.kernels.prefill.statistics import normalize, query_weights
 from kvjax.kernels.prefill.xla import window_weights
@@ -33,7 +34,6 @@ AT_ONCE = 256  # Of these, by products and exponentials in turn.
 KEYS = 512  # Keys of a block, and queries of a head at most.
 WIDE = 1280  # Bytes of a key or value from which on blocks are smaller; at twice as many they fit no more.
 SUMS = 4 << 20  # Bytes of unfinished column sums that may lie in VMEM.
-FAR = jnp.iinfo(jnp.int32).max
 
 
 def refuse(request: Request) -> str | None:
@@ -65,14 +65,6 @@ class Keys(NamedTuple):
     reach: int
 
 
-class Tiles(NamedTuple):
-    """Heads, queries and keys of a block."""
-
-    heads: int
-    queries: int
-    keys: int
-
-
 def prefill(request: Request, *, block: int | None = None, keys: int = KEYS, interpret: Any = False) -> Prefill:
     """The answer to a request.
 
@@ -86,17 +78,17 @@ def prefill(request: Request, *, block: int | None = None, keys: int = KEYS, int
     # Shorter arrays would make blocks that are no tiles; longer ones may end within a block.
     wide = max(length, LANES)
     own = Keys(
-        _pad(request.k, 2, wide, 0),
-        _pad(request.v, 2, wide, 0),
-        _pad(request.place[:, None], 2, wide, -1),
+        pad(request.k, 2, wide, 0),
+        pad(request.v, 2, wide, 0),
+        pad(request.place[:, None], 2, wide, -1),
         request.window,
     )
     stores = [own]
     if request.past is not None:
         wide_past = max(request.past.k.shape[2], LANES)
-        k, v = (_pad(x, 2, wide_past, 0) for x in (request.past.k, request.past.v))
-        stores = [Keys(k, v, _pad(request.past_place, 2, wide_past, -1), 0), own]
-    q, low, high = _pad(request.q, 3, wide, 0), _pad(request.low, 1, wide, 0), _pad(request.place, 1, wide, -1)
+        k, v = (pad(x, 2, wide_past, 0) for x in (request.past.k, request.past.v))
+        stores = [Keys(k, v, pad(request.past_place, 2, wide_past, -1), 0), own]
+    q, low, high = pad(request.q, 3, wide, 0), pad(request.low, 1, wide, 0), pad(request.place, 1, wide, -1)
 
     dtype = request.v.dtype if len(stores) == 1 else jnp.float32
     run = functools.partial(_flash, q, low, high, request.softcap, asked.entropy, dtype, block, keys, interpret)
@@ -135,7 +127,7 @@ def _column_sums(
     if not asked:
         return ()
     counts = query_weights(asked, request.age, request.place >= 0)
-    padded = _pad(counts, 2, q.shape[3], 0)
+    padded = pad(counts, 2, q.shape[3], 0)
     plain = tuple(sums.plain for sums in asked)
     sums = []
     past = [] if request.past is None else [request.past.k.shape[2]]
@@ -148,49 +140,7 @@ def _column_sums(
     return tuple(joined.reshape(len(asked), batch, kv_heads * group, joined.shape[-1]))
 
 
-# Which blocks see which.
-
-
-class Tables(NamedTuple):
-    """What the kernels know ahead of the grid, int32, flat: the range of every block of queries and keys, so that the
-    two can be told to be visible as a whole; and the first and last partner of each block (last < first: none).
-    """
-
-    first: Array
-    last: Array
-    q_low: Array
-    q_high: Array
-    k_low: Array
-    k_high: Array
-
-
-def _tables(low: Array, high: Array, place: Array, tiles: Tiles, counted: Array | None = None) -> Tables:
-    """Tables for a block of queries and the keys it sees; with `counted`, for a block of keys and the queries that see
-    it and count in some sum.
-
-    Args:
-      low, high: [B, T], T a multiple of the block. place: [B, 1 or H, S], likewise. counted: Which queries [B, T] bool.
-    """
-    queries = lambda x: x.reshape(x.shape[0], -1, tiles.queries)  # noqa: E731
-    low, high, k = queries(low), queries(high), place.reshape(*place.shape[:2], -1, tiles.keys)
-    seeing, held = high >= 0, k >= 0
-    furthest, least = high.max(-1), jnp.where(seeing, low, FAR).min(-1)
-    newest, oldest = k.max(-1), jnp.where(held, k, FAR).min(-1)
-    # [B, 1 or H, blocks of queries, blocks of keys]
-    needed = (oldest[:, :, None] <= furthest[:, None, :, None]) & (newest[:, :, None] >= least[:, None, :, None])
-    if counted is not None:
-        needed = jnp.swapaxes(needed & queries(counted).any(-1)[:, None, :, None], 2, 3)
-    last = needed.shape[-1] - 1 - jnp.argmax(needed[..., ::-1], -1)
-    tables = Tables(
-        first=jnp.argmax(needed, -1),
-        last=jnp.where(needed.any(-1), last, -1),
-        # Visible as a whole: every key is there, none before the latest start, none after the earliest query.
-        q_low=low.max(-1),
-        q_high=high.min(-1),
-        k_low=k.min(-1),
-        k_high=newest,
-    )
-    return Tables(*(x.astype(jnp.int32).reshape(-1) for x in tables))
+# Steps.
 
 
 class Grid(NamedTuple):
@@ -257,7 +207,7 @@ def _flash(
     value_dim, slots = store.v.shape[-1], store.k.shape[2]
     tiles = _tiles(group, length, slots, _wide(store), block, keys)
     low, high, place = _whole(low, high, store.place, tiles)
-    tables = _tables(low, high, place, tiles)
+    tables = make_tables(low, high, place, tiles)
     blocks, partners = low.shape[1] // tiles.queries, place.shape[2] // tiles.keys
     grid = Grid(
         heads=group // tiles.heads,
@@ -402,8 +352,8 @@ def _columns(
     slots, number = store.k.shape[2], counts.shape[0]
     tiles = _tiles(group, length, slots, _wide(store), block, keys, number)
     low, high, place = _whole(low, high, store.place, tiles)
-    counts = jnp.moveaxis(_pad(counts, 2, low.shape[1], 0), 0, 1)
-    tables = _tables(low, high, place, tiles, (counts != 0).any(1))
+    counts = jnp.moveaxis(pad(counts, 2, low.shape[1], 0), 0, 1)
+    tables = make_tables(low, high, place, tiles, (counts != 0).any(1))
     blocks, partners = place.shape[2] // tiles.keys, low.shape[1] // tiles.queries
     grid = Grid(
         heads=group // tiles.heads,
@@ -558,11 +508,4 @@ def _tiles(group: int, length: int, slots: int, wide: bool, block: int | None, k
 def _whole(low: Array, high: Array, place: Array, tiles: Tiles) -> tuple[Array, Array, Array]:
     """The places with padding up to whole blocks, so that what lies beyond the arrays' ends is masked."""
     length, slots = low.shape[1] + -low.shape[1] % tiles.queries, place.shape[2] + -place.shape[2] % tiles.keys
-    return _pad(low, 1, length, 0), _pad(high, 1, length, -1), _pad(place, 2, slots, -1)
-
-
-def _pad(x: Array, axis: int, size: int, value: int) -> Array:
-    """Exactly `size` along an axis."""
-    if x.shape[axis] == size:
-        return x
-    return jnp.pad(x, [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)], constant_values=value)
+    return pad(low, 1, length, 0), pad(high, 1, length, -1), pad(place, 2, slots, -1)
