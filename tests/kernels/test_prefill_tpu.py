@@ -46,6 +46,13 @@ def test_against_numpy(name):
     check(run(case, block=128, keys=128), case, out_tolerance=0.02 if case.dtype == "bfloat16" else None)
 
 
+@pytest.mark.parametrize("length, group", [(300, 2), (520, 1)])
+def test_default_blocks(length, group):
+    """Blocks of three tiles, and of four: queries in turn by one or two."""
+    case = Case(length, (length, 170), group=group, kv_heads=1, statistics=FORWARD)
+    check(run(case), case)
+
+
 def test_no_races(capfd):
     """Uninitialised memory is NaN here, and two cores share the parallel axes."""
     case = Case(200, (200, 120), group=1, kv_heads=1, window=100, statistics=SUMS)

@@ -286,7 +286,7 @@ def _flash_kernel(*refs: Any, grid: Grid, tiles: Tiles, softcap: float, entropy:
         values, column = v[0, 0], _column(place[0, 0]) if masked else None
         if column is not None:
             values = _present(values, place[0, 0], column, turned[1])
-        width = min(tiles.queries, AT_ONCE)
+        width = LANES if tiles.queries % AT_ONCE else AT_ONCE
         units = [(head, start) for start in range(0, tiles.queries, width) for head in range(tiles.heads)]
 
         def scores(head: int, start: int) -> Array:
