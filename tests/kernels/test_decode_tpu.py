@@ -222,6 +222,11 @@ def test_scales_of_all_heads(rng):
     check(dataclasses.replace(request, k=share(request.k), v=share(request.v)))
 
 
+def test_lengths_beyond_the_end_are_the_end(rng):
+    request = make(rng, "bfloat16", s=224, lengths=224)
+    check(dataclasses.replace(request, lengths=request.lengths + 1000))
+
+
 def test_all_new_tokens_are_padding(rng):
     request = make(rng, "bfloat16", t=2, r=3)
     check(dataclasses.replace(request, q_pos=request.q_pos.at[0].set(-1).at[1, 1].set(-1)))
@@ -248,6 +253,7 @@ def test_bitcasts_unpack_as_we_pack(rng, bits):
         (dict(k="float16"), None, "float16"),
         (dict(k="4 channel 48", s=240), None, "48 tokens share a scale"),
         (dict(k="4 token 8", d=128, g=8, t=16), None, "larger groups"),
+        (dict(r=4200), None, "tail of 4200"),
         (dict(), 100, "multiple of 128"),
         (dict(k="4 channel 384", s=1536), 256, "one must divide"),
     ],

@@ -37,6 +37,7 @@ LANES, SUBLANES = 128, 8
 VMEM = 11 << 20  # Of the 16 MiB that a kernel gets by default on v5e and v5p; the rest is for what is not counted.
 TOKENS = 16  # New tokens that make sense here; a longer chunk is a prefill.
 ROWS = 1024  # Rows of the largest product.
+TAIL = 512 << 10  # Numbers of a head's tail.
 
 
 def decode(request: Request, *, block: int | None = None, splits: int | None = None, interpret: Any = False) -> Part:
@@ -80,6 +81,8 @@ def refuse(request: Request) -> str | None:
         return f"{request.tokens} new tokens are a prefill: decode at most {TOKENS} at a time."
     if request.k.slots == 0:
         return "There are no stored slots: attend to the new tokens alone."
+    if request.tail is not None and sum(x.size for x in (request.tail.k, request.tail.v)) > TAIL * request.lengths.size:
+        return f"A tail of {request.tail.pos.shape[2]} tokens does not fit fast memory: store some of them."
     stores = {"keys": request.k} | ({} if request.v is None else {"values": request.v})
     for name, x in stores.items():
         if reason := refuse_vectors(x, padded(request.q.shape[2], SUBLANES)):
@@ -93,6 +96,8 @@ def refuse_vectors(x: Vectors, rows: int) -> str | None:
     dtypes = (jnp.int32,) if x.bits else (jnp.bfloat16, jnp.float32, jnp.int8, jnp.float8_e4m3fn)
     if x.codes.dtype not in dtypes:
         return f"codes of type {x.codes.dtype} are not read here: store " + ", ".join(jnp.dtype(d).name for d in dtypes)
+    if x.scale is not None and x.scale.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"scales of type {x.scale.dtype} are not read here: make them float32, bfloat16 or float16."
     if x.zero is not None and (x.scale is None or x.scale.shape != x.zero.shape):
         return "`zero` needs a `scale` of its shape."
     if tokens > 1 and channels > 1:
@@ -315,7 +320,7 @@ def _call(request: Request, block: int, steps: int, splits: int, interpret: Any)
         ),
         interpret=interpret,
         name="kvjax_decode",
-    )(request.lengths.astype(jnp.int32).reshape(-1), arrays)
+    )(jnp.minimum(request.lengths, request.k.slots).astype(jnp.int32).reshape(-1), arrays)
 
 
 def _pad_tail(tail: Tail) -> Tail:

@@ -131,6 +131,7 @@ def _call(request: PagedRequest, together: int, interpret: Any) -> tuple[Array, 
         softcap=request.softcap,
     )
     arrays, specs = _inputs(request, rows, plan)
+    lengths = jnp.minimum(request.lengths, request.k.slots)
     halves = any(x.dtype == jnp.float16 for x in jax.tree.leaves((request.k, request.v)))
     out = lambda width: pl.BlockSpec((None, None, rows, width), lambda b, h, i, *_: (b, h, 0, 0))  # noqa: E731
     slots = batch * heads * columns * request.page
@@ -155,7 +156,7 @@ def _call(request: PagedRequest, together: int, interpret: Any) -> tuple[Array, 
         ),
         interpret=interpret,
         name="kvjax_paged",
-    )(*(x.astype(jnp.int32).reshape(-1) for x in (request.table, request.count, request.lengths)), arrays)
+    )(*(x.astype(jnp.int32).reshape(-1) for x in (request.table, request.count, lengths)), arrays)
 
 
 def _inputs(request: PagedRequest, rows: int, plan: Plan) -> tuple[Inputs, Inputs]:
