@@ -108,9 +108,9 @@ def decode_cases() -> dict[str, Request]:
 
 
 def paged_request(k, v=None, *, page=128, d=128, m=16, g=8, t=1, pool=False, pos=False, **kw) -> PagedRequest:
-    """A pool of 2**14 pages for 8 heads, or 8 heads of 2**18 slots that are read by 64 query heads, as in Quest."""
-    b, hq = 4, 8 if pool else 64
-    size = (b, 2**14, page, d) if pool else (b, 8, 2**18, d)
+    """A pool of many pages for 8 heads, or 8 heads of many slots that are read by 64 query heads, as in Quest."""
+    b, hq, pages = 4, 8 if pool else 64, 4096 if k == "float32" else 16384
+    size = (b, pages, page, d) if pool else (b, 8, pages * 16, d)
     return PagedRequest(
         q=shape((b, hq, g * t if pool else t, d), "bfloat16"),
         k=stored(k, size),
