@@ -40,7 +40,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,7 @@ if "cpu" not in os.environ.get("JAX_PLATFORMS", "cpu"):
 Row = dict[str, Any]
 SHARES = {"numerics": 0.25, "bandwidth": 0.25, "steps": 0.25, "peers": 0.15, "shapes": 0.10}
 BYTE_CYCLE = 2**27  # As `kvjax.evaluation.kernels.CHIP_CACHE`, for the process that does not import kvjax.
-
-
-STALL = 150.0  # Seconds without a sign of life after which the working process is given up.
+STALL = 75.0  # Seconds without a sign of life after which the working process is given up.
 RESTARTS = 6
 
 
@@ -69,6 +67,7 @@ class Run:
       until: `time.monotonic()` after which a part begins nothing new.
       tried: What this part has begun already, by name, in a process before this one.
       begin: To be told what is begun.
+      alive: To be told that work goes on, where nothing begins for long.
     """
 
     options: argparse.Namespace
@@ -76,6 +75,7 @@ class Run:
     until: float
     tried: frozenset[str]
     begin: Callable[[str], None]
+    alive: Callable[[], None]
 
     @property
     def over(self) -> bool:
@@ -178,7 +178,8 @@ def work(options: argparse.Namespace) -> None:
         left -= SHARES[name]
         rows = report["parts"].setdefault(name, [])
         try:
-            for row in PARTS[name](Run(options, report["copy_bytes_per_s"], until, tried, begin), report):
+            run = Run(options, report["copy_bytes_per_s"], until, tried, begin, path.touch)
+            for row in PARTS[name](run, report):
                 rows.append(row)
                 report["running"] = False
                 print(f"{name}: {sentence(row)}", flush=True)
@@ -452,7 +453,7 @@ def prefill_checks(options: argparse.Namespace) -> Iterator[Check]:
         "packed": Case(length, two, packed=(length // 2, length // 4, length - length // 2 - length // 4)),
         "256 channels, G=4": Case(length, two, dim=256, kv_heads=1, group=4),
     }
-    for name, case in list(cases.items())[: 2 if options.quick else None]:
+    for name, case in list(cases.items())[: 1 if options.small else 2 if options.quick else None]:
         with jax.default_device(host()):
             args, drawn = draw(case)
         keywords: dict[str, Any] = dict(drawn)
@@ -653,7 +654,7 @@ def installed(package: str) -> bool:
 
 
 def jax_peers() -> tuple[dict[str, Callable[..., Any]], list[str]]:
-    """Functions of q [B, T, N, D], k and v [B, S, H, D] and lengths [B]; and what is missing."""
+    """Functions of q [B, T, N, D], k and v [B, S, H, D]; and what is missing."""
     import jax
 
     functions: dict[str, Callable[..., Any]] = {}
@@ -663,13 +664,12 @@ def jax_peers() -> tuple[dict[str, Callable[..., Any]], list[str]]:
             missing.append("jax.nn.dot_product_attention (cudnn): needs an NVIDIA GPU")
             continue
         attention = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
-        functions[f"jax.nn ({implementation})"] = lambda q, k, v, n, f=attention: f(q, k, v, key_value_seq_lengths=n)
+        functions[f"jax.nn ({implementation})"] = attention
     if installed("tokamax"):
         tokamax: Any = importlib.import_module("tokamax")
         names = ("mosaic", "triton", "xla_chunked") if jax.default_backend() == "gpu" else ("xla_chunked",)
         for name in names:
-            attention = functools.partial(tokamax.dot_product_attention, implementation=name)
-            functions[f"tokamax ({name})"] = lambda q, k, v, n, f=attention: f(q, k, v, key_value_seq_lengths=n)
+            functions[f"tokamax ({name})"] = functools.partial(tokamax.dot_product_attention, implementation=name)
     else:
         missing.append("tokamax (pip install tokamax)")
     return functions, missing
@@ -687,7 +687,7 @@ def peer_program(case: Any, attention: Callable[..., Any]) -> Any:
     def make(seed: Any) -> Any:
         drawn = [uniform(3 * seed + jnp.uint32(i), shape) for i, shape in enumerate((q_shape, kv_shape, kv_shape))]
         q, k, v = (x.astype(query_dtype()) for x in drawn)
-        return q, (k, v, jnp.asarray(case.lengths, jnp.int32))
+        return q, (k, v)
 
     return Program(make, lambda q, data: attention(q, *data), 2 * math.prod(kv_shape) * query_dtype().itemsize)
 
@@ -696,12 +696,17 @@ def torch_rows(cases: Sequence[Any], run: Run) -> list[Row]:
     """What the process that imports PyTorch says, as far as it gets."""
     wanted = [dataclasses.asdict(case) for case in cases]
     command = [sys.executable, __file__, "--torch-peers", json.dumps(wanted)]
-    timeout = min(max(run.until - time.monotonic(), 60), STALL - 30)
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-        text, why = done.stdout, (done.stderr.strip().splitlines() or [""])[-1][:200] if done.returncode else ""
-    except subprocess.TimeoutExpired as error:
-        text, why = (error.stdout or b"").decode(), "no time"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until, text = max(run.until, time.monotonic() + 60), None
+    while text is None:
+        try:
+            text, errors = process.communicate(timeout=5)
+            why = (errors.strip().splitlines() or ["it failed"])[-1][:200] if process.returncode else ""
+        except subprocess.TimeoutExpired:
+            run.alive()
+            if time.monotonic() > until:
+                process.kill()
+                (text, _), why = process.communicate(), "no time for the rest"
     rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     shape = {"context": cases[-1].context, "batch": cases[-1].batch}
     return rows + ([{"peer": "PyTorch", **shape, "error": why}] if why else [])
@@ -815,6 +820,8 @@ def steps(run: Run, report: Row) -> Iterator[Row]:
         left = [policy for policy in policies if f"{policy} at {context}" not in run.tried]
         with ThreadPoolExecutor(2 if options.small else 8) as pool:  # Nothing is timed while others compile.
             preparing = [pool.submit(prepare_steps, abstract, config, context, policy) for policy in left]
+            for _ in as_completed(preparing):
+                run.alive()
         for i, (policy, prepared) in enumerate(zip(left, preparing, strict=True)):
             if run.over:
                 yield skipped([f"{policy} at {context}" for policy in left[i:]])
