@@ -50,7 +50,7 @@ def prefill_attention(
       statistics: What to say besides the output, over the keys of the past and the new ones.
       implementation: "auto", "tpu", "gpu", "xla" or "reference"; "auto" is "tpu" on TPUs and "xla" elsewhere. A Pallas
         kernel that is named on another machine is interpreted: slow, for tests.
-      block: Queries that attend at once: bounds memory, changes no result but by rounding.
+      block: Queries that attend at once in XLA: bounds memory, changes results by rounding. Kernels have their own.
 
     Returns:
       The output and the statistics. Gradients with respect to floats are XLA's, whoever computes the output.
@@ -107,7 +107,8 @@ def _module(name: str) -> Any:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _kernel(request: Request, name: str, block: int | None) -> Prefill:
     """A Pallas kernel's answer, with the gradient of the blockwise definition."""
-    return _module(name).prefill(request, block=block, interpret=choose.interpreted(name))
+    del block  # Of the gradient alone.
+    return _module(name).prefill(request, interpret=choose.interpreted(name))
 
 
 def _forward(request: Request, name: str, block: int | None) -> tuple[Prefill, Request]:

@@ -57,14 +57,12 @@ def interpreter(**options: Any) -> Any:
     return getattr(plgpu, "InterpretGPUParams")(**options)  # noqa: B009
 
 
-def prefill(request: Request, *, block: int | None = None, interpret: Any = None) -> Prefill:
+def prefill(request: Request, *, interpret: Any = None) -> Prefill:
     """The answer to a request.
 
     Args:
-      block: Ignored: blocks are as small as they can be.
       interpret: True, or parameters of Pallas' interpreter, to run without a GPU.
     """
-    del block
     interpret = interpreter() if interpret is True else interpret or None
     batch, heads, group, length, dim = request.q.shape
     asked = request.statistics
