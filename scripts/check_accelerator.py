@@ -810,7 +810,11 @@ def steps(run: Run, report: Row) -> Iterator[Row]:
     contexts = (256,) if options.small else (131072,) if options.quick else (131072, 32768)
     snapkv = "snapkv(128)" if options.small else "snapkv(4096)"
     policies = ("full", "kivi", snapkv) if options.small else ("full", "int8", "kivi(bits=4)", "kivi", snapkv)
-    params = random_params(config, query_dtype())
+    try:
+        params = jax.block_until_ready(random_params(config, query_dtype()))
+    except jax.errors.JaxRuntimeError as error:  # Of memory that the device does not have.
+        yield {"item": "parameters", "error": str(error).strip().splitlines()[0][:300]}
+        return
     abstract = jax.eval_shape(lambda: params)
     read = sum(x.nbytes for x in jax.tree.leaves(params)) - (0 if config.tied else params["embed"].nbytes)
     for context in contexts:
