@@ -21,7 +21,7 @@ from kvjax.cache.grouped import put_vectors
 from kvjax.cache.layer import Layer
 from kvjax.cache.slots import put_slots, take_slots
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
-from kvjax.kernels import Part, Tail, Vectors, decode_attention, merge
+from kvjax.kernels import Part, Tail, Vectors, decode_attention, merge, write
 from kvjax.kernels.packing import pack, round_to_nearest
 from kvjax.kernels.parts import fold, part_weights
 
@@ -140,8 +140,8 @@ class Blocks:
 
     def put(self, block: Array, new: "Blocks") -> "Blocks":
         """Overwrites block [B] with a new one (N = 1); beyond the last nothing is written."""
-        block = block[:, None, None]
-        leaves = {name: put_slots(getattr(self, name), block, getattr(new, name)) for name in PER_BLOCK}
+        old, fresh = ({name: getattr(x, name) for name in PER_BLOCK} for x in (self, new))
+        leaves = write.put_block(old, dict.fromkeys(PER_BLOCK, block), fresh)
         packed = put_vectors(self.packed, block * self.left.shape[3], new.packed)
         return dataclasses.replace(self, packed=packed, **leaves)
 
@@ -343,7 +343,7 @@ class GearSlots(Layer):
         if not self.blocks:
             return layer
         full = layer.buffered == size
-        return lax.cond(full.any(), lambda layer: layer._flush(full), lambda layer: layer, layer)
+        return write.when(full.any(), lambda layer: layer._flush(full), layer)
 
     def _flush(self, full: Array) -> "GearSlots":
         """The buffer becomes a block in rows where it is full [B]."""

@@ -22,19 +22,15 @@ from kvjax.cache.codec import pack_vectors
 from kvjax.cache.layer import Layer
 from kvjax.cache.slots import put_slots, take_slots
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
-from kvjax.kernels import Part, Tail, Vectors, decode_attention
+from kvjax.kernels import Part, Tail, Vectors, decode_attention, write
 
 
 def put_vectors(old: Vectors, token: Array, new: Vectors) -> Vectors:
-    """Overwrites tokens from token [B, 1, 1] on with new ones, whole groups; beyond the end nothing is written."""
+    """Overwrites tokens from token [B] on with new ones, whole groups; what would reach beyond is not written."""
     if not old.slots:
         return old
-
-    def write(leaf: Array, value: Array) -> Array:
-        entry = token // (old.slots // leaf.shape[2])
-        return put_slots(leaf, entry + jnp.arange(value.shape[2], dtype=jnp.int32), value)
-
-    return jax.tree.map(write, old, new)
+    start = jax.tree.map(lambda leaf: token // (old.slots // leaf.shape[2]), old)
+    return write.put_block(old, start, new)
 
 
 @typing.no_type_check
@@ -107,11 +103,11 @@ class GroupedSlots(Layer):
             return self.k_recent
         token, residual = self._recent_tokens(), self.residual
         packed = (self.count - self.count % residual)[:, None, None]
-        start = jnp.maximum(packed - residual, 0)
+        start = jnp.maximum(packed[:, 0, 0] - residual, 0)
 
         def cut(leaf: Array) -> Array:
             tokens = self.packed_capacity // leaf.shape[2]
-            return take_slots(leaf, start // tokens + jnp.arange(residual // tokens, dtype=jnp.int32))
+            return write.take_block(leaf, start // tokens, residual // tokens)
 
         block = jax.tree.map(cut, self.k).decode().astype(self.k_recent.dtype)
         return jnp.where((token < packed)[..., None], block, self.k_recent)
@@ -172,7 +168,7 @@ class GroupedSlots(Layer):
         old = pack_vectors(leaving, self.v.bits, self.group, -1, self.v.scale.dtype.name)
         layer = dataclasses.replace(
             self,
-            v=put_vectors(self.v, target, old),
+            v=put_vectors(self.v, target[:, 0, 0], old),
             k_recent=put_slots(self.k_recent, slot, k),
             v_recent=put_slots(self.v_recent, slot, v),
             order=put_slots(self.order, n, jnp.broadcast_to(pos[:, None, None], (*self.order.shape[:2], 1))),
@@ -180,11 +176,11 @@ class GroupedSlots(Layer):
         full = fits & ((self.count + 1) % residual == 0)  # Rows whose residual of keys is complete.
 
         def flush(layer):
-            start = jnp.where(full, self.count + 1 - residual, layer.packed_capacity)[:, None, None]
+            start = jnp.where(full, self.count + 1 - residual, layer.packed_capacity)
             keys = pack_vectors(layer.k_recent, layer.k.bits, layer.group, -2, layer.k.scale.dtype.name)
             return dataclasses.replace(layer, k=put_vectors(layer.k, start, keys))
 
-        return lax.cond(full.any(), flush, lambda layer: layer, layer)
+        return write.when(full.any(), flush, layer)
 
     def reserve(self, slots: int) -> "GroupedSlots":
         extra = -(-slots // self.residual) * self.residual

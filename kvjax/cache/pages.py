@@ -14,13 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from kvjax.cache.codec import Codec, Plain, pack_vectors
 from kvjax.cache.layer import Layer
 from kvjax.cache.slots import take_slots
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
-from kvjax.kernels import Part, decode_attention, merge
+from kvjax.kernels import Part, decode_attention, merge, write
 from kvjax.kernels.packing import codes_per_word
 from kvjax.kernels.paged import PagedRequest, paged_attention
 from kvjax.kernels.parts import fold
@@ -195,7 +195,7 @@ class Pages(Layer):
         most = heads * ((self.page - 1 + length) // self.page)
         cut = cut_pages(behind(self.k_tail, new.k), v, both_pos, self.page, most)
         layer = dataclasses.replace(self, k_tail=cut.k_tail, v_tail=cut.v_tail, tail_pos=cut.tail_pos)
-        return lax.cond((cut.owner != EMPTY).any(), _put_pages, lambda layer, cut: layer, layer, cut)
+        return write.when((cut.owner != EMPTY).any(), lambda layer: _put_pages(layer, cut), layer)
 
     def reserve(self, slots: int) -> "Pages":
         extra = self.tail_pos.shape[1] * -(-slots // self.page)

@@ -15,7 +15,7 @@ from jax import Array
 from kvjax.cache.codec import Codec, Plain
 from kvjax.cache.layer import Layer
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
-from kvjax.kernels import Part, Tail, decode_attention, write
+from kvjax.kernels import Part, Tail, decode_attention, merge, write
 from kvjax.kernels.parts import fold, visible
 
 UNLIMITED = 2**30
@@ -91,14 +91,16 @@ class Slots(Layer):
         return jnp.asarray([self.bound], jnp.int32) if self.limit is None else self.limit
 
     def read(self, new: Tokens, spec: LayerSpec, shared: Any = None, *, logits: bool = False) -> Part:
-        if self.shifted or (self.ring and new.pos.shape[1] > 1):  # Queries see different slots, or turned ones.
+        if self.ring and new.pos.shape[1] > 1:  # Every query sees other slots.
             return super().read(new, spec, shared, logits=logits)
-        return self.ask(new, spec, logits=logits)
+        rest = self.ask(new, spec, logits=logits)
+        return merge((self._ask_sinks(new, spec), rest)) if self.shifted else rest
 
     def read_both(self, new: Tokens, spec: LayerSpec, shared: Any = None, *, logits: bool = False) -> Part:
-        if self.shifted or (self.ring and new.pos.shape[1] > 1):
+        if self.ring and new.pos.shape[1] > 1:
             return super().read_both(new, spec, shared, logits=logits)
-        return self.ask(new, spec, tail=Tail(k=new.k, v=new.v, pos=new.pos[:, None]), logits=logits)
+        rest = self.ask(new, spec, tail=Tail(k=new.k, v=new.v, pos=new.pos[:, None]), logits=logits)
+        return merge((self._ask_sinks(new, spec), rest)) if self.shifted else rest
 
     def ask(
         self,
@@ -110,7 +112,7 @@ class Slots(Layer):
         prefix: bool = True,
         older: bool = True,
     ) -> Part:
-        """Attention over the slots, and over a tail.
+        """Attention over the slots (but for shifted sinks), and over a tail.
 
         Args:
           prefix: Occupied slots are one, so that nothing behind is read.
@@ -120,6 +122,8 @@ class Slots(Layer):
         if spec.window or not (prefix and older):
             mask = self.sees(new.pos[:, None], self.pos, visible(new.pos[:, None], self.pos, spec.window))
             pos = jnp.where(mask.any(2), self.pos, EMPTY)
+            if self.shifted:
+                pos = jnp.where(jnp.arange(self.capacity) < self.sinks, EMPTY, pos)
         return decode_attention(
             new.q,
             self.k,
@@ -136,14 +140,32 @@ class Slots(Layer):
             implementation=spec.kernels,
         )
 
+    def _turned(self, new: Tokens, spec: LayerSpec) -> Array:
+        """Queries as shifted sinks see them [B, H * G, T, D]."""
+        assert spec.rotate is not None
+        return spec.rotate(spec.rope, new.q_raw, jnp.minimum(new.pos, self.kept[:, None] - 1))
+
+    def _ask_sinks(self, new: Tokens, spec: LayerSpec) -> Part:
+        """Attention over shifted sinks alone."""
+        k, v, pos = (jax.tree.map(lambda leaf: leaf[:, :, : self.sinks], x) for x in (self.k, self.v, self.pos))
+        return decode_attention(
+            self._turned(new, spec),
+            k,
+            None if self.latent else v,
+            scale=spec.scale,
+            q_pos=new.pos,
+            pos=pos,
+            softcap=spec.softcap,
+            latent=self.latent,
+            implementation="xla",  # They are few.
+        )
+
     def logits(self, new: Tokens, spec: LayerSpec) -> Array:
         heads = jax.tree.leaves(self.k)[0].shape[1]
         logits = self.codec.dot(fold(new.q * spec.scale, heads), self.k)
         if not self.shifted:
             return logits
-        assert spec.rotate is not None
-        place = jnp.minimum(new.pos, self.kept[:, None] - 1)
-        q = spec.rotate(spec.rope, new.q_raw, place)
+        q = self._turned(new, spec)
         first = jax.tree.map(lambda leaf: leaf[:, :, : self.sinks], self.k)
         return logits.at[..., : self.sinks].set(self.codec.dot(fold(q * spec.scale, heads), first))
 

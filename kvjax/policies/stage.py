@@ -7,10 +7,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from kvjax.cache import EMPTY, ByHead, Slots, make_ring
 from kvjax.cache.slots import take_slots
+from kvjax.kernels import write
 from kvjax.policies.budget import Allocate, Budget, Divide, Uniform, np_like, whole
 from kvjax.policies.observe import Needs, Prompt
 from kvjax.policies.score import Score, Update
@@ -274,7 +275,7 @@ class Evict(Stage):
             order = jnp.argsort(-ranked, axis=-1, stable=True)
             return layer.keep(order, jnp.arange(layer.capacity) < keep[..., None])
 
-        return lax.cond((over >= self.phase.every).any(), shrink, lambda layer: layer, layer)
+        return write.when((over >= self.phase.every).any(), shrink, layer)
 
     def open(self, layer: Slots, slots: Array) -> Slots:
         marks = jnp.zeros(layer.pos.shape, jnp.float32)

@@ -1,15 +1,19 @@
 """Writing a few new tokens into their slots, in place."""
 
 import importlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from jax import Array
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
 
 from kvjax.kernels import choose
 from kvjax.kernels.choose import Choice, Implementation
 from kvjax.kernels.write import reference
 
 PALLAS = ("tpu",)
+T = TypeVar("T")
 
 
 def put(leaves: Any, slot: Array, values: Any, *, implementation: Implementation = "auto") -> Any:
@@ -31,6 +35,47 @@ def put(leaves: Any, slot: Array, values: Any, *, implementation: Implementation
     if name in ("xla", "reference"):
         return reference.put(leaves, slot, values)
     return _module(name).put(leaves, slot, values, interpret=choose.interpreted(name))
+
+
+def put_block(leaves: Any, start: Any, values: Any) -> Any:
+    """Writes consecutive entries of the third axis, each row's in one piece and in place: a flush of a whole group.
+
+    Args:
+      leaves: A pytree of arrays [B, H, S, ...].
+      start: The first entry of each row, a pytree like leaves of [B] int32. A row whose entries would not all lie
+        within `0 ... S - 1` stays as it is.
+      values: What is written there, a pytree of arrays [B, H, T, ...].
+    """
+
+    def one(leaf: Array, first: Array, value: Array) -> Array:
+        fits, size = (first >= 0) & (first + value.shape[2] <= leaf.shape[2]), (1, *value.shape[1:])
+        rest = (0,) * (leaf.ndim - 3)
+
+        def row(b: Array, leaf: Array) -> Array:
+            at = (b, 0, first[b], *rest)
+            new = lax.dynamic_index_in_dim(value, b).astype(leaf.dtype)
+            return lax.dynamic_update_slice(leaf, jnp.where(fits[b], new, lax.dynamic_slice(leaf, at, size)), at)
+
+        return lax.fori_loop(0, leaf.shape[0], row, leaf)
+
+    return jax.tree.map(one, leaves, start, values)
+
+
+def take_block(leaf: Array, start: Array, size: int) -> Array:
+    """`size` consecutive entries of the third axis from start [B] on: leaf [B, H, S, ...] -> [B, H, size, ...]."""
+    rest = (0,) * (leaf.ndim - 3)
+    shape = (1, leaf.shape[1], size, *leaf.shape[3:])
+
+    def row(b: Array, taken: Array) -> Array:
+        piece = lax.dynamic_slice(leaf, (b, 0, start[b], *rest), shape)
+        return lax.dynamic_update_slice(taken, piece, (b, 0, 0, *rest))
+
+    return lax.fori_loop(0, leaf.shape[0], row, jnp.zeros((leaf.shape[0], *shape[1:]), leaf.dtype))
+
+
+def when(flag: Array, change: Callable[[T], T], x: T) -> T:
+    """`change(x)` if the flag is true, else x; in place. `lax.cond` would copy what its branches hand through."""
+    return lax.fori_loop(0, flag.astype(jnp.int32), lambda _, x: change(x), x)
 
 
 def explain(leaves: Any, slot: Array, implementation: Implementation = "auto") -> Choice:
