@@ -2,7 +2,7 @@
 `python -m tests.aot.compile_prefill_tpu v5e`.
 
 Prints one line of JSON for every case: its name, and either an error or the bytes of its arguments and of what it needs
-besides. A process of its own, because XLA may abort it.
+besides, and what XLA does to the past before the kernel may read it. A process of its own, because XLA may abort it.
 """
 
 import json
@@ -15,21 +15,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kvjax.kernels.prefill import ColumnSums, Past, Request, Statistics, tpu
 from kvjax.kernels.prefill.request import make_request
+from tests.aot.compile_tpu import ENVIRONMENT, GENERATIONS, relayouts, size_of
 
-GENERATIONS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # No chip is taken, so others may compile at the same time.
-    "JAX_PLATFORMS": "cpu",
-}
 MOST = Statistics(
     lse=True,
     entropy=True,
     column_sums=(ColumnSums(), ColumnSums(forgetting=0.95, window=64, normalized=True)),
     window=32,
 )
+SUMS = Statistics(lse=True, entropy=True, column_sums=MOST.column_sums)
 
 
 def request(
@@ -72,6 +66,7 @@ def request(
 def cases() -> dict[str, Request]:
     plain = {f"output alone, D = {dim}": request(8192, dim, statistics=Statistics()) for dim in (64, 128, 256)}
     growing = {f"D = {dim}, T = {tokens}": request(tokens, dim) for dim in (64, 128) for tokens in (4096, 8192)}
+    long = {f"long past, D = {dim}": request(256, dim, past=2**16, statistics=SUMS) for dim in (64, 128)}
     some = {
         "float32, D = 64": request(2048, 64, dtype="float32"),
         "float32, D = 256": request(2048, 256, dtype="float32"),
@@ -88,7 +83,7 @@ def cases() -> dict[str, Request]:
         "one query head a KV head": request(2048, 128, group=1),
         "40 query heads a KV head": request(2048, 128, group=40),
     }
-    return plain | growing | some
+    return plain | growing | long | some
 
 
 def main(generation: str) -> None:
@@ -105,8 +100,10 @@ def main(generation: str) -> None:
     for name, case in cases().items():
         print(json.dumps({"name": name}), flush=True)
         try:
-            memory = mapped.lower(jax.tree.map(place, case)).compile().memory_analysis()
-            result = {"arguments": memory.argument_size_in_bytes, "temp": memory.temp_size_in_bytes}
+            compiled = mapped.lower(jax.tree.map(place, case)).compile()
+            memory = compiled.memory_analysis()
+            copies = relayouts(compiled.as_text(), size_of(case.past.k)) if name.startswith("long") else []
+            result = {"arguments": memory.argument_size_in_bytes, "temp": memory.temp_size_in_bytes, "copies": copies}
         except Exception as error:  # Whatever the compiler says is what the test shows.
             result = {"error": str(error)[:2000]}
         print(json.dumps({"name": name} | result), flush=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.aot.compile_prefill_tpu import ENVIRONMENT, GENERATIONS, cases
+from tests.aot.compile_prefill_tpu import cases
+from tests.aot.compile_tpu import ENVIRONMENT, GENERATIONS
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,6 +33,7 @@ def test_kernels_compile(generation):
     assert done.returncode == 0, f"died at {list(results)[-1:]}: {done.stderr[-2000:]}"
     assert set(results) == set(cases())
     assert not {name: result["error"] for name, result in results.items() if "error" in result}
+    assert not {name: result["copies"] for name, result in results.items() if result["copies"]}
     # Copies of the arguments in another layout, and statistics; one head's matrix of 8192 x 8192 floats has 256 MiB.
     for name, result in results.items():
         assert result["temp"] < 2 * result["arguments"] + (16 << 20), name
