@@ -38,9 +38,10 @@ def cases() -> dict[str, Request]:
     some = {
         "2-bit, one scale per token": request("2 token 128", d=128),
         "2-bit values of 128 tokens per scale": request("bfloat16", "2 channel 128", d=128),
-        "16 tokens": request("bfloat16", t=8, pos=1),
-        "16 tokens, 4-bit": request("4 token 32 float16", t=4, pos=1),
-        "window, softcap": request("4 token 64 float16", t=2, pos=1, window=100, softcap=30.0, r=32),
+        "4 tokens": request("bfloat16", t=4, pos=1, s=2**17),
+        "4 tokens, 4-bit": request("4 token 32 float16", t=4, pos=1, s=2**17),
+        "2 tokens, D = 256": request("int8", t=2, pos=1, s=2**17, d=256),
+        "window, softcap": request("4 token 64 float16", t=2, pos=1, window=100, softcap=30.0, r=32, s=2**17),
     }
     return kinds | some
 

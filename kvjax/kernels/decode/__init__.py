@@ -101,7 +101,7 @@ def serve(request: Request, implementation: Implementation = "auto", **options: 
     if name == "reference":
         return reference.decode(request)
     if name == "xla":
-        return xla.decode(request, **options)
+        return xla.decode(request, **(options or tuning.tuned("decode xla", tuning.shape(request))))
     options = options or tuning.tuned("decode", tuning.shape(request))
     return _module(name).decode(request, interpret=choose.interpreted(name), **options)
 

@@ -7,11 +7,13 @@ weights and outputs wherever that is less work than applying them to the codes.
 """
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from kvjax.kernels import choose
 from kvjax.kernels.decode.request import Request, Tail
 from kvjax.kernels.packing import unpack
 from kvjax.kernels.parts import NEG, Part, attend_part, dot_keys, dot_values, merge, visible
@@ -49,10 +51,12 @@ def _tail(request: Request, tail: Tail) -> Part:
 def _stored(request: Request, block: int) -> Part:
     batch, heads, rows, _ = request.q.shape
     slots = request.k.slots
-    most = max(vectors.group[0] for vectors in (request.k, request.v) if vectors is not None)
-    block = min(-(-block // most) * most, slots)
     if slots == 0:
         return _nothing(request)
+    stored = [x for x in (request.k, request.v) if x is not None]
+    whole = math.lcm(*(x.group[0] for x in stored))
+    block = min(-(-block // whole) * whole, slots)
+    bits = [_as_bits(x) for x in stored] if block < slots else stored
     top = jnp.full((batch, heads, rows), NEG, jnp.float32)
     total = jnp.zeros((batch, heads, rows), jnp.float32)
     out = jnp.zeros((batch, heads, rows, request.value_dim), jnp.float32)
@@ -62,7 +66,7 @@ def _stored(request: Request, block: int) -> Part:
         top, total, out, logits = state
         start = jnp.minimum(i * block, slots - block)  # The last block overlaps the one before: masked below.
         mask = _mask(request, start, block) & (start + jnp.arange(block) >= i * block)
-        k = request.k.block(start, block)
+        k, *v = (_from_bits(b.block(start, block), x.codes.dtype) for b, x in zip(bits, stored, strict=True))
         s = dot(request.q, k)
         if request.bias is not None:
             s = s + lax.dynamic_slice_in_dim(request.bias, start, block, 3)
@@ -76,8 +80,8 @@ def _stored(request: Request, block: int) -> Part:
         new = jnp.maximum(top, s.max(-1))
         p = jnp.where(s > NEG, jnp.exp(s - new[..., None]), 0.0)
         fade = jnp.exp(top - new)
-        v = _values(request, k, start, block)
-        mixed = mix(p, v, mask.any(2), request.q.dtype)
+        values = v[0] if v else Vectors(codes=k.decode()[..., -request.latent :])
+        mixed = mix(p, values, mask.any(2), request.q.dtype)
         return new, total * fade + p.sum(-1), out * fade[..., None] + mixed, logits
 
     used = jnp.minimum(-(-request.lengths.max() // block), -(-slots // block))
@@ -93,6 +97,25 @@ def _nothing(request: Request) -> Part:
     return Part(
         out=jnp.zeros((*shape, request.value_dim), jnp.float32), lse=jnp.full(shape, NEG, jnp.float32), logits=logits
     )
+
+
+def _as_bits(x: Vectors) -> Vectors:
+    """Small floats as integers: XLA for CPUs would convert all of them to float32 ahead of a loop that slices them."""
+    bits = {2: jnp.uint16, 1: jnp.uint8}.get(x.codes.dtype.itemsize)
+    if bits is None or not jnp.issubdtype(x.codes.dtype, jnp.floating) or choose.platform() != "cpu":
+        return x
+    return dataclasses.replace(x, codes=lax.bitcast_convert_type(x.codes, bits))
+
+
+def _from_bits(x: Vectors, dtype: DTypeLike) -> Vectors:
+    """The same vectors with codes of a type that `_as_bits` may have hidden."""
+    if x.codes.dtype == dtype:
+        return x
+    if dtype == jnp.bfloat16:
+        codes = lax.bitcast_convert_type(x.codes.astype(jnp.uint32) << 16, jnp.float32)
+    else:
+        codes = lax.bitcast_convert_type(x.codes, dtype).astype(jnp.float32)
+    return dataclasses.replace(x, codes=codes)
 
 
 def _mask(request: Request, start: Array, size: int) -> Array:
@@ -155,12 +178,6 @@ def dot(q: Array, k: Vectors) -> Array:
         "bhnd,bhgd->bhng", q32.reshape(batch, heads, rows, -1, channels).sum(-1), k.zero.astype(jnp.float32)
     )
     return s + jnp.repeat(zero, tokens, 3)
-
-
-def _values(request: Request, k: Vectors, start: Array, size: int) -> Vectors:
-    if request.v is not None:
-        return request.v.block(start, size)
-    return Vectors(codes=k.decode()[..., -request.latent :])
 
 
 def mix(p: Array, v: Vectors, seen: Array | None = None, dtype: DTypeLike = jnp.float32) -> Array:
