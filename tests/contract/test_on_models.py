@@ -1,5 +1,6 @@
 """The contract on trained models: the house model (4 KV heads, 6 layers) and Gemma 3 270M (1 KV head, 3 full-attention
-layers among sliding ones). Real text, two prompts of different length, every method and the compositions across kinds.
+layers among sliding ones). Real text, two prompts of different length; every method and the compositions across kinds
+on the house model, one method of every kind on Gemma.
 
 `test_contract.py` asks more of every method, on a random model; here is what trained weights could break.
 """
@@ -20,6 +21,10 @@ TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
 LENGTHS, ASKED, EVERYTHING = np.array([208, 150], np.int32), 6, 4096
 COMPOSITIONS = ("adakv(0.5) | kivi(bits=4, residual=32)", "cake(0.5) | think(0.4)", "minicache | int4")
 NAMES = [*kvjax.methods(), *COMPOSITIONS]
+KINDS = (  # One of each: layout, budget, phase, what layers share.
+    *("full", "snapkv", "pyramidkv", "adakv", "streaming_llm", "h2o", "int4", "kivi", "gear", "think", "shadowkv"),
+    *("tidaldecode", "quest", "locret", "minicache | int4"),
+)
 SAME = 2e-3  # Of logits around 20: another order of the same float32 sums, through 18 layers.
 
 
@@ -27,7 +32,15 @@ def policy_of(name: str, **changes) -> kvjax.Policy:
     return kvjax.parse_policy(name) if name in COMPOSITIONS else small(name, **changes)
 
 
-@pytest.fixture(scope="module", params=["tiny", pytest.param("gemma3-270m", marks=pytest.mark.slow)])
+def on_models(names: list[str]):
+    """Parametrizes a test by model and name: all names on the house model, those in `KINDS` on Gemma."""
+    tiny_ones = [pytest.param("tiny", name, id=f"tiny-{name}") for name in names]
+    some = [name for name in names if name in KINDS]
+    gemma_ones = [pytest.param("gemma3-270m", name, id=f"gemma-{name}", marks=pytest.mark.slow) for name in some]
+    return pytest.mark.parametrize("model, name", tiny_ones + gemma_ones, indirect=["model"])
+
+
+@pytest.fixture(scope="module")
 def model(request) -> kvjax.Model:
     """With retaining heads, trained or not: what is asked here holds for any."""
     model = request.getfixturevalue("gemma") if request.param == "gemma3-270m" else kvjax.load("tiny")
@@ -60,7 +73,7 @@ def ask(model: kvjax.Model, policy: kvjax.Policy, cache: kvjax.Cache, question: 
     return np.asarray(logits), cache
 
 
-@pytest.mark.parametrize("name", NAMES)
+@on_models(NAMES)
 def test_the_contract(model, name, tmp_path):
     policy, (tokens, question) = policy_of(name), text(model)
     params, config = model.params, model.config
@@ -89,7 +102,7 @@ def test_the_contract(model, name, tmp_path):
     np.testing.assert_array_equal(ask(model, policy, load_cache(tmp_path / "cache"), question)[0], answers)
 
 
-@pytest.mark.parametrize("name", [name for name in kvjax.methods() if "budget" in kvjax.methods()[name].parameters])
+@on_models([name for name in kvjax.methods() if "budget" in kvjax.methods()[name].parameters])
 def test_a_budget_of_everything_is_full_attention(model, name):
     policy, full, (tokens, question) = policy_of(name, budget=EVERYTHING), kvjax.policy("full"), text(model)
     skip_single_heads(model, policy)
