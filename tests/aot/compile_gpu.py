@@ -1,5 +1,5 @@
-"""Compiles the decode kernel for an H200, which need not be there: `python -m tests.aot.compile_gpu`, or only some cases:
-`... KIVI`.
+"""Compiles the decode kernel for an H200, which need not be there: `python -m tests.aot.compile_gpu`, or only some
+cases: `... KIVI`.
 
 Prints one line of JSON for every case: its name and either an error or the registers, spilled bytes and shared memory
 that it takes, and what XLA does to the cache before the kernel may read it.
@@ -22,6 +22,7 @@ from tests.aot.compile_tpu import relayouts, request, size_of
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
 TARGET = Path(__file__).parent / "h200.textproto"
 SHARED_MEMORY = 227 * 1024
+SLOTS = 2**17
 KINDS = {
     "bfloat16": ("bfloat16", "bfloat16"),
     "int8": ("int8", "int8"),
@@ -34,14 +35,14 @@ KINDS = {
 
 
 def cases() -> dict[str, Request]:
-    kinds = {f"{name}, D = {d}": request(*kind, d=d) for name, kind in KINDS.items() for d in (64, 128, 256)}
+    kinds = {f"{name}, D = {d}": request(*kind, d=d, s=SLOTS) for name, kind in KINDS.items() for d in (64, 128, 256)}
     some = {
-        "2-bit, one scale per token": request("2 token 128", d=128),
-        "2-bit values of 128 tokens per scale": request("bfloat16", "2 channel 128", d=128),
-        "4 tokens": request("bfloat16", t=4, pos=1, s=2**17),
-        "4 tokens, 4-bit": request("4 token 32 float16", t=4, pos=1, s=2**17),
-        "2 tokens, D = 256": request("int8", t=2, pos=1, s=2**17, d=256),
-        "window, softcap": request("4 token 64 float16", t=2, pos=1, window=100, softcap=30.0, r=32, s=2**17),
+        "2-bit, one scale per token": request("2 token 128", d=128, s=SLOTS),
+        "2-bit values of 128 tokens per scale": request("bfloat16", "2 channel 128", d=128, s=SLOTS),
+        "4 tokens": request("bfloat16", t=4, pos=1, s=SLOTS),
+        "4 tokens, 4-bit": request("4 token 32 float16", t=4, pos=1, s=SLOTS),
+        "2 tokens, D = 256": request("int8", t=2, pos=1, s=SLOTS, d=256),
+        "window, softcap": request("4 token 64 float16", t=2, pos=1, window=100, softcap=30.0, r=32, s=SLOTS),
     }
     return kinds | some
 

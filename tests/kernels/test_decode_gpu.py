@@ -200,7 +200,7 @@ def test_refuses_with_the_reason() -> None:
         (make(("bfloat16", "int8"), 96), "k has 96 channels"),
         (make(("bfloat16", "int8"), slots=66), "66 slots"),
         (make(("bfloat16", "bfloat16"), slots=32), "fewer than a block"),
-        (make(("bfloat16", "bfloat16"), group=65), "65 query rows"),
+        (make(("bfloat16", "bfloat16"), 128, group=33), "33 query rows"),
         (make(("bfloat16", "4-bit/16 channels")), "among 16 channels"),
     ):
         assert words in str(gpu.refuse(wrong)), words

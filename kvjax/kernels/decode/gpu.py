@@ -19,7 +19,7 @@ from kvjax.kernels.parts import NEG, Part, attend_part, dot_keys, dot_values, me
 from kvjax.kernels.vectors import Vectors
 
 BLOCK = 64  # The smallest number of tokens per step.
-ROWS = 64
+OUTPUTS = 4096  # Channels of values times query rows that registers can hold.
 CODES = (jnp.int8, jnp.float8_e4m3fn)
 SCALES = (jnp.float32, jnp.bfloat16, jnp.float16)
 VIEWS = {0: None, 2: jnp.int4, 4: jnp.int4, 8: jnp.int8}
@@ -69,8 +69,8 @@ def refuse(request: Request) -> str | None:
     if request.bias is not None or request.logits:
         return "it neither adds a bias nor returns logits."
     rows, slots = request.q.shape[2], request.k.slots
-    if rows > ROWS:
-        return f"{rows} query rows per KV head are more than {ROWS}; ask for fewer new tokens at a time."
+    if (most := OUTPUTS // request.v.dim) < -(-rows // 8) * 8:
+        return f"{rows} query rows per KV head do not fit registers; {most} or fewer do: ask for fewer new tokens."
     if slots < BLOCK:
         return f"{slots} slots are fewer than a block of {BLOCK}."
     if request.pos is not None and slots % 4:
@@ -130,7 +130,7 @@ def _stored(request: Request, block: int, stages: int, programs: int, interpret:
     plan = schedule(lengths, block, programs)
     out, sums = run(config, plan, arrays, interpret)
     out, lse = join(out, sums[:, 0], sums[:, 1], plan)
-    out = jnp.swapaxes(out, 1, 2)[:, :rows].reshape(batch, heads, rows, v.dim)
+    out = out[:, :rows].reshape(batch, heads, rows, v.dim)
     lse = lse[:, :rows].reshape(batch, heads, rows)
     known = jnp.tile(request.q_pos >= 0, (1, rows // request.tokens))[:, None]
     out = jnp.where(known[..., None], merge_planes(out, v.planes), 0.0)

@@ -27,6 +27,7 @@ from kvjax.kernels.decode.gpu_schedule import LOG2E, Schedule
 from kvjax.kernels.parts import NEG
 
 COPY = 256  # Elements along one axis that one asynchronous copy can move.
+WIDTH = 64  # More channels at a time take more registers.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +63,8 @@ class Side:
 
     @property
     def width(self) -> int:
-        """Channels of a plane that are decoded together: as many as share a scale, or as fit registers well."""
-        if self.scaled == "group":
-            return self.group // self.planes
-        return min(64, self.dim // self.planes) if self.scaled == "channel" else self.dim // self.planes
+        """Channels of a plane that are decoded together: they share a scale where tokens have several."""
+        return min(WIDTH, (self.group if self.scaled == "group" else self.dim) // self.planes)
 
     def scales(self, block: int) -> tuple[int, int]:
         """Scales of a block: rows of them, each one a vector in memory."""
@@ -194,8 +193,11 @@ def decode_block(side: Side, refs: dict[str, Any], tile: Any, alive: Array | Non
             scale, zero = jnp.where(later, other_scale, scale), jnp.where(later, other_zero, zero)
         return scale, zero
 
+    load: Callable[..., Array] = plgpu.load  # Its signature is not that of older versions.
+    fits = width % 32 == 0 and side.scaled != "channel"
+    layout = plgpu.Layout.WGMMA_UPCAST_4X if fits else None  # Eight neighbours to a thread, that move together.
     for start in range(0, side.dim // side.planes, width):
-        raw = plgpu.load(refs["codes"].at[:, pl.ds(start, width)], optimized=False)
+        raw = load(refs["codes"].at[:, pl.ds(start, width)], layout=layout, optimized=False)
         for plane, (y, offset, factor) in enumerate(unpack(raw, side.bits)):
             if side.scaled in ("group", "channel"):
                 scale, zero = affine(start, plane, offset, factor)

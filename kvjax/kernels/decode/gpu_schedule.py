@@ -7,7 +7,6 @@ gets a contiguous share of the same size. So one long sequence fills the chip an
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -37,14 +36,18 @@ def schedule(lengths: Array, block: int, programs: int) -> Schedule:
     offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum((lengths + block - 1) // block, dtype=jnp.int32)])
     share = jnp.maximum((offsets[-1] + programs - 1) // programs, 1)
     starts = jnp.minimum(jnp.arange(programs + 1, dtype=jnp.int32) * share, offsets[-1])
-    owner = lambda blocks: jnp.searchsorted(offsets, blocks, side="right").astype(jnp.int32) - 1  # noqa: E731
     idle = starts[:-1] == starts[1:]
     return Schedule(
         starts=starts,
-        first=jnp.where(idle, 1, owner(starts[:-1])),
-        last=jnp.where(idle, 0, owner(starts[1:] - 1)),
+        first=jnp.where(idle, 1, owner(offsets, starts[:-1])),
+        last=jnp.where(idle, 0, owner(offsets, starts[1:] - 1)),
         offsets=offsets,
     )
+
+
+def owner(starts: Array, blocks: Array) -> Array:
+    """Whose blocks these are: the last that starts at or before each of them."""
+    return jnp.searchsorted(starts, blocks, side="right", method="compare_all").astype(jnp.int32) - 1
 
 
 def join(out: Array, top: Array, total: Array, plan: Schedule) -> tuple[Array, Array]:
@@ -53,27 +56,25 @@ def join(out: Array, top: Array, total: Array, plan: Schedule) -> tuple[Array, A
     A program writes the part of row and head r to slot `program + r`. Slots are unique, since both only ever grow.
 
     Args:
-      out: [programs + B * H, Dv, N] float32, unnormalised; arbitrary where nobody wrote.
-      top, total: Maximum (base 2) and sum of weights [programs + B * H, N] float32.
+      out: [programs + R, Dv, N] float32 for R rows and heads, unnormalised; arbitrary where nobody wrote.
+      top, total: Maximum (base 2) and sum of weights [programs + R, N] float32.
 
     Returns:
-      out [B * H, Dv, N], lse [B * H, N].
+      out [R, N, Dv], lse [R, N].
     """
-    rows, programs = plan.offsets.shape[0] - 1, plan.starts.shape[0] - 1
-    owner = lambda blocks: jnp.searchsorted(plan.starts, blocks, side="right").astype(jnp.int32) - 1  # noqa: E731
-    row = jnp.arange(rows, dtype=jnp.int32)
-    begin = jnp.minimum(owner(plan.offsets[:-1]), programs - 1) + row
-    end = jnp.minimum(owner(plan.offsets[1:] - 1), programs - 1) + row
-    slot = jnp.arange(rows + programs, dtype=jnp.int32)
-    of = jnp.clip(jnp.searchsorted(begin, slot, side="right").astype(jnp.int32) - 1, 0, rows - 1)
-    written = (slot >= begin[of]) & (slot <= end[of]) & (plan.offsets[of + 1] > plan.offsets[of])
-    total = jnp.where(written[:, None], total, 0.0)
-    top = jnp.where(total > 0, top, NEG)
-    highest = jax.ops.segment_max(top, of, rows, indices_are_sorted=True)
-    highest = jnp.maximum(highest, NEG)
-    share = jnp.where(total > 0, jnp.exp2(top - highest[of]), 0.0)
-    whole = jax.ops.segment_sum(total * share, of, rows, indices_are_sorted=True)
-    parts = jnp.where(written[:, None, None], out, 0.0) * share[:, None]
-    out = jax.ops.segment_sum(parts, of, rows, indices_are_sorted=True) / jnp.maximum(whole, 1e-30)[:, None]
-    lse = jnp.where(whole > 0, highest / LOG2E + jnp.log(jnp.maximum(whole, 1e-30)), NEG)
-    return out, lse
+    row = jnp.arange(plan.offsets.shape[0] - 1, dtype=jnp.int32)
+    begin, end = owner(plan.starts, plan.offsets[:-1]) + row, owner(plan.starts, plan.offsets[1:] - 1) + row
+    slot = jnp.arange(out.shape[0], dtype=jnp.int32)
+    mine = (
+        (slot >= begin[:, None]) & (slot <= end[:, None]) & (plan.offsets[1:] > plan.offsets[:-1])[:, None]
+    )  # [R, P + R]
+    written = mine.any(0)[:, None]
+    top, total = jnp.where(written, top, NEG), jnp.where(written, total, 0.0)
+    highest = jnp.where(mine[..., None], top, NEG).max(1)
+    # What a slot is worth to the whole; a product, because additions in any order would not always yield the same.
+    worth = jnp.exp2(top - jnp.where(mine[..., None], highest[:, None], NEG).max(0))
+    sums = lambda x: jnp.tensordot(mine.astype(jnp.float32), x, 1, precision="highest")  # noqa: E731
+    whole = sums(total * worth)
+    parts = jnp.where(written[..., None], out, 0.0) * worth[:, None]
+    joined = jnp.swapaxes(sums(parts), 1, 2) / jnp.maximum(whole, 1e-30)[..., None]
+    return joined, jnp.where(whole > 0, highest / LOG2E + jnp.log(jnp.maximum(whole, 1e-30)), NEG)
