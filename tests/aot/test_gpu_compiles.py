@@ -7,13 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
+from kvjax.kernels.decode import gpu
 from tests.aot.compile_gpu import ENVIRONMENT, SHARED_MEMORY, cases
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs pip install jax[cuda13]"),
+    pytest.mark.skipif(jax.__version_info__ < gpu.NEEDED, reason=f"the kernel needs JAX {gpu.NEEDED}"),
 ]
 
 

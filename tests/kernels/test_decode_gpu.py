@@ -8,16 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kvjax.kernels.decode import Request, Tail, gpu, reference
 from kvjax.kernels.decode.gpu_schedule import join, schedule
 from kvjax.kernels.packing import pack, round_to_nearest
 from kvjax.kernels.vectors import Vectors
 
-interpreted = pytest.mark.skipif(
-    not hasattr(plgpu, "InterpretGPUParams"), reason="the interpreter of this JAX cannot read transposed tiles"
-)
+old = jax.__version_info__ < gpu.NEEDED
+interpreted = pytest.mark.skipif(old, reason=f"the kernel needs JAX {gpu.NEEDED}, whose interpreter reads its tiles")
 
 B, H, S = 2, 2, 192
 
@@ -188,6 +186,12 @@ def test_join(programs: int) -> None:
         np.testing.assert_allclose(found[row, 0, 0], (jax.nn.softmax(x) * x).sum() * np.log2(np.e), rtol=1e-5)
 
 
+@pytest.mark.skipif(not old, reason="this JAX is new enough")
+def test_refuses_old_versions() -> None:
+    assert "or newer" in str(gpu.refuse(make(("bfloat16", "bfloat16"))))
+
+
+@pytest.mark.skipif(old, reason="an old JAX is refused before anything else")
 def test_refuses_with_the_reason() -> None:
     request = make(("bfloat16", "4-bit/32 channels"))
     assert gpu.refuse(request) is None

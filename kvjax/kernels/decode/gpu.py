@@ -5,6 +5,7 @@ is large is copied for that: packed words are seen as 4-bit integers of the same
 the kernel works on even and odd channels in turn, and queries and outputs are reordered outside, where they are small.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,26 +13,40 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kvjax.kernels.decode.gpu_kernel import Config, Side, run
+from kvjax.kernels.decode.gpu_kernel import Config, Side, run, shared_memory
 from kvjax.kernels.decode.gpu_schedule import join, schedule
 from kvjax.kernels.decode.request import Request, Tail
 from kvjax.kernels.parts import NEG, Part, attend_part, dot_keys, dot_values, merge, visible
 from kvjax.kernels.vectors import Vectors
 
+NEEDED = (0, 12)  # Earlier compilers infer fewer layouts, and earlier interpreters cannot read transposed tiles.
 BLOCK = 64  # The smallest number of tokens per step.
+SMALL = 12 << 10  # Bytes of a block.
+PROCESSORS, SHARED_MEMORY, RESERVED = (
+    132,
+    228 << 10,
+    4 << 10,
+)  # Of an H100 or H200; bytes per processor, and per program.
 OUTPUTS = 4096  # Channels of values times query rows that registers can hold.
 CODES = (jnp.int8, jnp.float8_e4m3fn)
 SCALES = (jnp.float32, jnp.bfloat16, jnp.float16)
 VIEWS = {0: None, 2: jnp.int4, 4: jnp.int4, 8: jnp.int8}
 
 
-def decode(request: Request, *, block: int = 64, stages: int = 2, programs: int = 264, interpret: Any = None) -> Part:
+def decode(
+    request: Request,
+    *,
+    block: int = BLOCK,
+    stages: int | None = None,
+    programs: int | None = None,
+    interpret: Any = None,
+) -> Part:
     """The answer to a request.
 
     Args:
       block: Stored tokens per step, a multiple of 64.
-      stages: Blocks that are on their way from memory at a time.
-      programs: Over how many programs the work is divided: as many as run at a time.
+      stages: Blocks that are on their way from memory at a time. None: more where blocks are small.
+      programs: Over how many programs the work is divided. None: as many as run on an H100 or H200 at a time.
       interpret: True, or parameters of Pallas' interpreter, to run without a GPU.
 
     Raises:
@@ -48,20 +63,16 @@ def decode(request: Request, *, block: int = 64, stages: int = 2, programs: int 
 
 
 def interpreter(**options: Any) -> Any:
-    """Parameters of Pallas' interpreter.
-
-    Raises:
-      NotImplementedError: This JAX' interpreter cannot read transposed tiles.
-    """
-    if not hasattr(plgpu, "InterpretGPUParams"):
-        raise NotImplementedError(
-            f"The GPU kernel can be interpreted from JAX 0.11 on, not by {jax.__version__}: use implementation='xla'."
-        )
+    """Parameters of Pallas' interpreter."""
     return getattr(plgpu, "InterpretGPUParams")(**options)  # noqa: B009
 
 
 def refuse(request: Request) -> str | None:
     """Why the kernel cannot serve a request and what would change that, in a sentence; None where it can."""
+    if jax.__version_info__ < NEEDED:
+        return (
+            f"it needs JAX {'.'.join(map(str, NEEDED))} or newer, which needs Python 3.12; this is {jax.__version__}."
+        )
     if request.q.dtype != jnp.bfloat16:
         return f"products are taken in bfloat16, but queries are {request.q.dtype}."
     if request.v is None:
@@ -102,7 +113,7 @@ def _refuse_vectors(x: Vectors) -> str | None:
     return None
 
 
-def _stored(request: Request, block: int, stages: int, programs: int, interpret: Any) -> Part:
+def _stored(request: Request, block: int, stages: int | None, programs: int | None, interpret: Any) -> Part:
     assert request.v is not None
     batch, heads, rows, dim = request.q.shape
     k, v = side(request.k), side(request.v)
@@ -112,12 +123,15 @@ def _stored(request: Request, block: int, stages: int, programs: int, interpret:
         rows=-(-rows // 8) * 8,
         slots=request.k.slots,
         block=block,
-        stages=stages,
-        programs=programs,
+        stages=stages or (2 if k.nbytes(block) + v.nbytes(block) > SMALL else 4),
+        programs=programs or PROCESSORS,
         masked=request.pos is not None,
         window=request.window,
         softcap=request.softcap,
     )
+    if programs is None:
+        together = max(1, min(3, SHARED_MEMORY // (shared_memory(config) + RESERVED)))
+        config = dataclasses.replace(config, programs=PROCESSORS * together)
     lengths = jnp.minimum(request.lengths, request.k.slots).reshape(-1)
     q = sort_planes(request.q, k.planes).reshape(batch * heads, rows, dim)
     arrays = {"lengths": lengths, "q": jnp.pad(q, ((0, 0), (0, config.rows - rows), (0, 0)))}
@@ -127,7 +141,7 @@ def _stored(request: Request, block: int, stages: int, programs: int, interpret:
         q_pos = jnp.tile(request.q_pos, (1, rows // request.tokens))
         arrays["pos"] = request.pos.reshape(-1, request.k.slots)
         arrays["q_pos"] = jnp.pad(q_pos, ((0, 0), (0, config.rows - rows)), constant_values=-1)
-    plan = schedule(lengths, block, programs)
+    plan = schedule(lengths, block, config.programs)
     out, sums = run(config, plan, arrays, interpret)
     out, lse = join(out, sums[:, 0], sums[:, 1], plan)
     out = out[:, :rows].reshape(batch, heads, rows, v.dim)

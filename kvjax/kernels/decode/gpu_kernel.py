@@ -76,6 +76,13 @@ class Side:
         """Asynchronous copies that bring a block."""
         return 1 + len(self.extras()) * -(-self.scales(block)[1] // COPY)
 
+    def nbytes(self, block: int) -> int:
+        """Bytes of a block as it is stored, scales included."""
+        bits = self.bits or 8 * jnp.dtype(self.dtype).itemsize
+        rows, size = self.scales(block)
+        scales = len(self.extras()) * rows * size * jnp.dtype(self.scale_dtype or jnp.float32).itemsize
+        return block * self.dim * bits // 8 + scales
+
     @property
     def fragile(self) -> bool:
         """Whether what a block is decoded to may be NaN where nobody looks."""
@@ -100,6 +107,14 @@ class Config:
     masked: bool
     window: int
     softcap: float
+
+
+def shared_memory(config: Config) -> int:
+    """Bytes that a program takes, short of barriers and alignment."""
+    k, v, rows, block = config.k, config.v, config.rows, config.block
+    tiles = sum(2 * block * side.dim for side in (k, v) if not side.dense)
+    stored = config.stages * (k.nbytes(block) + v.nbytes(block) + 4 * block * config.masked)
+    return tiles + stored + 2 * rows * (k.dim + block) + 4 * rows * (v.dim + 2)
 
 
 def unpack(raw: Array, bits: int) -> list[tuple[Array, float, float]]:
