@@ -368,12 +368,13 @@ def test_room_is_added_outside_jit(policy):
 
 
 def fill(tree, empty, value):
-    """Floats of a layout [B, H, S, ...] where empty [B, 1 or H, S]."""
+    """Floats of a layout [B, H, S, ...], or with several entries for each of the S, where empty [B, 1 or H, S]."""
 
     def one(leaf):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating) or not leaf.size:
             return leaf
-        mask = empty.reshape(empty.shape + (1,) * (leaf.ndim - 3))
+        mask = np.repeat(empty, leaf.shape[2] // empty.shape[2], 2)
+        mask = mask.reshape(mask.shape + (1,) * (leaf.ndim - 3))
         most = np.minimum(value, float(jnp.finfo(leaf.dtype).max))  # NaN stays NaN.
         return jnp.where(mask, jnp.asarray(most, leaf.dtype), leaf)
 
@@ -389,7 +390,7 @@ def poison_slots(layer: Slots) -> Slots:
 
 def poison_groups(layer: GroupedSlots) -> GroupedSlots:
     count, residual, slot = np.asarray(layer.count)[:, None, None], layer.residual, np.arange(layer.residual)
-    group = np.arange(layer.k.scale.shape[2]) * layer.k.group
+    group = np.arange(layer.k.scale.shape[2]) * layer.group
     k = fill(layer.k, group >= count - count % residual, np.nan)
     v = fill(layer.v, np.arange(layer.v.scale.shape[2]) >= count - residual, LARGE)
     k_recent = fill(layer.k_recent, slot >= count % residual, np.nan)
