@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache.layer import Layer
-from kvjax.cache.slots import Slots, take_slots
+from kvjax.cache.slots import Slots
 from kvjax.cache.tiers import Through, side_by_side
 from kvjax.cache.types import LayerSpec, Tokens
+from kvjax.kernels import write
 from kvjax.kernels.parts import Part, merge
 
 
@@ -86,12 +87,10 @@ class Demoting(Layer):
         """Moves the token at slot [B, 1 or H], counted as in `pos`, from the high tier to the low one, where asked."""
         slot = jnp.where(where, slot - self.low.pos.shape[-1], 0)
         index, low = slot[..., None], self.low.inner
-        k, v = (
-            self.high.codec.decode(jax.tree.map(lambda leaf: take_slots(leaf, index), x))
-            for x in (self.high.k, self.high.v)
-        )
+        *moved, pos = write.take((self.high.k, self.high.v, self.high.pos), index)
+        k, v = (self.high.codec.decode(x) for x in moved)
         place = jnp.where(where, low.count, low.capacity)[..., None]
-        low = low.put(place, self.low.lens.keys(k), v, take_slots(self.high.pos, index))
+        low = low.put(place, self.low.lens.keys(k), v, pos)
         return Demoting(low=dataclasses.replace(self.low, inner=low), high=self.high.drop(slot, where))
 
     def reserve(self, slots: int) -> "Demoting":

@@ -162,7 +162,7 @@ class GroupedSlots(Layer):
         slot = jnp.where(fits[:, None, None], n % residual, residual)
 
         # The value that leaves the residual is packed first: the new one takes its slot.
-        leaving = take_slots(self.v_recent, jnp.minimum(slot, residual - 1))
+        leaving = write.take(self.v_recent, slot)
         target = jnp.where(fits[:, None, None] & (n >= residual), n - residual, self.packed_capacity)
         assert self.k.scale is not None and self.v.scale is not None
         old = pack_vectors(leaving, self.v.bits, self.group, -1, self.v.scale.dtype.name)

@@ -234,20 +234,12 @@ class Slots(Layer):
 
     def drop(self, slot: Array, where: Array) -> "Slots":
         """Removes slot [B, 1 or H] where asked [B, 1 or H]: the last occupied one moves into its place."""
-        last = self.count - 1
-
-        def move(leaf):
-            index = jnp.broadcast_to(jnp.where(where, slot, self.capacity)[..., None], (*leaf.shape[:2], 1))
-            return put_slots(leaf, index, take_slots(leaf, jnp.broadcast_to(last[..., None], index.shape)))
-
-        pos = put_slots(move(self.pos), jnp.where(where, last, self.capacity)[..., None], EMPTY)
-        return dataclasses.replace(
-            self,
-            k=jax.tree.map(move, self.k),
-            v=jax.tree.map(move, self.v),
-            pos=pos,
-            marks=None if self.marks is None else move(self.marks),
-        )
+        last = (self.count - 1)[..., None]
+        old = {"k": self.k, "v": self.v, "pos": self.pos, "marks": self.marks}
+        target = jnp.where(where, slot, self.capacity)[..., None]
+        new = write.put(old, target, write.take(old, last))
+        gone = where[..., None] & (jnp.arange(self.capacity) == last)
+        return dataclasses.replace(self, **new | {"pos": jnp.where(gone, EMPTY, new["pos"])})
 
     def reserve(self, slots: int) -> "Slots":
         wanted = self.capacity + slots

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from kvjax.cache import EMPTY, Slots
-from kvjax.cache.slots import put_slots, take_slots
+from kvjax.cache.slots import take_slots
+from kvjax.kernels import write
 from kvjax.policies.observe import Prompt
 from kvjax.policies.select import ordered
 from kvjax.policies.stage import Rest
@@ -58,20 +59,18 @@ class Recall(Rest):
         return dataclasses.replace(kept, k=k, v=v), threshold
 
     def step(self, layer: Slots, slot: Array, where: Array) -> Slots:
-        k = layer.codec.decode(layer.k)
-        gone = jnp.broadcast_to(slot[..., None], (*k.shape[:2], 1))
+        codec, stored = layer.codec, [layer.k] if layer.v is None else [layer.k, layer.v]
+        gone = [codec.decode(x) for x in write.take(stored, slot[..., None])]
         stays = (layer.pos != EMPTY) & (jnp.arange(layer.capacity) != slot[..., None])
-        similar, nearest = best(k, stays, take_slots(k, gone))
-        recalled, threshold = self._verdict(similar, jnp.broadcast_to(where[..., None], gone.shape), layer.memo)
-        target = jnp.where(recalled, nearest, layer.capacity)
+        similar, nearest = best(codec.decode(layer.k), stays, gone[0])
+        recalled, threshold = self._verdict(similar, jnp.broadcast_to(where[..., None], similar.shape), layer.memo)
 
-        def merged(leaf: Any) -> Any:
-            x = layer.codec.decode(leaf)
-            mixed = self._mix(take_slots(x, nearest), take_slots(x, gone), similar, jnp.zeros_like(nearest), recalled)
-            return jax.tree.map(lambda old, new: put_slots(old, target, new), leaf, layer.codec.encode(mixed))
+        def merged(x: Any, gone: Array) -> Any:
+            return codec.encode(self._mix(codec.decode(x), gone, similar, jnp.zeros_like(nearest), recalled))
 
-        v = None if layer.v is None else merged(layer.v)
-        return dataclasses.replace(layer, k=merged(layer.k), v=v, memo=threshold)
+        mixed = [merged(x, other) for x, other in zip(write.take(stored, nearest), gone, strict=True)]
+        k, *v = write.put(stored, jnp.where(recalled, nearest, layer.capacity), mixed)
+        return dataclasses.replace(layer, k=k, v=v[0] if v else None, memo=threshold)
 
     def _verdict(self, similar: Array, counts: Array, threshold: Array) -> tuple[Array, Array]:
         """Which evicted tokens are merged [B, H, E], and the new threshold [B].

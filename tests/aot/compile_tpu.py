@@ -164,12 +164,25 @@ def step_case(kind: str, d: int) -> Case:
     return Case(append_and_attend, (cache, values, dataclasses.replace(query, k=None, v=None, pos=None)), cache, True)
 
 
+def take(cache: tuple, slot: jax.Array) -> tuple:
+    return write.take(cache, slot)
+
+
+def take_case(kind: str, d: int, heads: int = 1, tokens: int = 1) -> Case:
+    """Of 8 heads, which have one slot together or their own."""
+    vectors = stored(kind, (4, 8, 2**15, d))
+    cache = (vectors, shape((4, heads, 2**15), "int32"))
+    return Case(take, (cache, shape((4, heads, tokens), "int32")), cache)
+
+
 def cases() -> dict[str, Case]:
     decoding = {f"decode: {name}": Case(decode.decode, (x,), (x.k, x.v)) for name, x in decode_cases().items()}
     kinds = ("bfloat16", "int8", "4 token 32", "4 token 32 float16", "2 token 32 bfloat16")
     steps = {f"append and decode: {kind}, D = {d}": step_case(kind, d) for kind in kinds for d in (64, 128, 256)}
     paging = {f"paged: {name}": Case(paged.attend, (x,), (x.k, x.v)) for name, x in paged_cases().items()}
-    return decoding | steps | paging
+    taking = {f"take: {kind}, D = {d}": take_case(kind, d) for kind in kinds for d in (64, 128)}
+    several = {f"take 5 for each head: {kind}, D = {d}": take_case(kind, d, 8, 5) for kind in kinds for d in (64, 128)}
+    return decoding | steps | paging | taking | several
 
 
 def size_of(tree: Any) -> int:

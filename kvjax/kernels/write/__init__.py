@@ -1,4 +1,4 @@
-"""Writing a few new tokens into their slots, in place."""
+"""Writing a few tokens into their slots, in place, and taking a few out of theirs."""
 
 import importlib
 from collections.abc import Callable
@@ -35,6 +35,27 @@ def put(leaves: Any, slot: Array, values: Any, *, implementation: Implementation
     if name in ("xla", "reference"):
         return reference.put(leaves, slot, values)
     return _module(name).put(leaves, slot, values, interpret=choose.interpreted(name))
+
+
+def take(leaves: Any, slot: Array, *, implementation: Implementation = "auto") -> Any:
+    """Takes T tokens from their slots.
+
+    Args:
+      leaves: A pytree of arrays [B, H or 1, S, ...].
+      slot: Where each token lies [B, 1 or H, T] int32; outside `0 ... S - 1` the nearest slot is taken.
+      implementation: "auto", "tpu" or "xla" (a gather).
+
+    Returns:
+      A pytree of arrays [B, H or 1, T, ...]: one head only where leaf and slots have no more.
+
+    Raises:
+      KernelError: The implementation that was named cannot serve this.
+    """
+    refusals = {name: lambda name=name: _module(name).refuse_take(leaves, slot) for name in PALLAS}
+    name = choose.choose(implementation, refusals).implementation
+    if name in ("xla", "reference"):
+        return reference.take(leaves, slot)
+    return _module(name).take(leaves, slot, interpret=choose.interpreted(name))
 
 
 def put_block(leaves: Any, start: Any, values: Any) -> Any:

@@ -1,12 +1,13 @@
-"""Writing tokens on TPUs: one Pallas kernel that changes the blocks concerned where they lie.
+"""Writing and taking tokens on TPUs: Pallas kernels that visit the blocks concerned where they lie.
 
-XLA's scatter wants tokens on rows and channels on lanes. Caches that lie otherwise (fewer than 128 channels, packed
-words, scales) it turns around and back, all of them, for every token.
+XLA's scatter and gather want tokens on rows and channels on lanes, and a gather all heads of a token side by side.
+Caches that lie otherwise they turn around and back, all of them, for every token.
 
-Every step takes the block of one token and writes all tokens that belong there. So it does not matter that blocks come
-twice, nor that a block may be fetched while its last state is still on its way back: all visits write the same.
+Every step visits the block of one token. The kernel that writes puts all tokens there that belong there. So it does not
+matter that blocks come twice, nor that a block may be fetched while its last state is still on its way back: all visits
+write the same.
 
-Types that kernels do not know there (float16) are updated slice by slice, which XLA also does in place.
+Types that kernels do not know there (float16) go slice by slice, which XLA also does in place.
 """
 
 import functools
@@ -43,15 +44,36 @@ def put(leaves: Any, slot: Array, values: Any, *, interpret: Any = False) -> Any
     return tree.unflatten([next(written) if k else _update(leaf, slot, value) for leaf, value, k in pairs])
 
 
+def take(leaves: Any, slot: Array, *, interpret: Any = False) -> Any:
+    """As `reference.take`.
+
+    Raises:
+      ValueError: The request is refused.
+    """
+    if reason := refuse_take(leaves, slot):
+        raise ValueError(reason)
+    flat, tree = jax.tree.flatten(leaves)
+    slot, known = slot.astype(jnp.int32), [leaf.dtype in DTYPES for leaf in flat]
+    mine = [leaf for leaf, k in zip(flat, known, strict=True) if k]
+    taken = iter(_take(mine, slot, interpret) if mine else ())
+    return tree.unflatten([next(taken) if k else _fetch(leaf, slot) for leaf, k in zip(flat, known, strict=True)])
+
+
 def refuse(leaves: Any, slot: Array) -> str | None:
     """Why the kernel cannot write, or None."""
+    for leaf in jax.tree.leaves(leaves):
+        if slot.shape[1] > 1 and leaf.shape[1] != slot.shape[1]:
+            return f"Slots of {slot.shape[1]} heads cannot go to a leaf of {leaf.shape[1]}."
+    return refuse_take(leaves, slot)
+
+
+def refuse_take(leaves: Any, slot: Array) -> str | None:
+    """Why the kernel cannot take, or None."""
     if slot.shape[2] > TOKENS:
-        return f"{slot.shape[2]} tokens are too many to write one by one: at most {TOKENS}."
+        return f"{slot.shape[2]} tokens are too many to go one by one: at most {TOKENS}."
     for leaf in jax.tree.leaves(leaves):
         if leaf.ndim not in (3, 4):
             return f"Leaves are [B, H, S] or [B, H, S, D], not {leaf.shape}."
-        if slot.shape[1] > 1 and leaf.shape[1] != slot.shape[1]:
-            return f"Slots of {slot.shape[1]} heads cannot go to a leaf of {leaf.shape[1]}."
     return None
 
 
@@ -71,6 +93,22 @@ def _update(leaf: Array, slot: Array, value: Array) -> Array:
     return lax.fori_loop(0, slot.size, step, leaf)
 
 
+@jax.jit
+def _fetch(leaf: Array, slot: Array) -> Array:
+    """Takes from one leaf by slices, one after another. Those of several heads would be turned around before."""
+    (batch, _, tokens), heads = slot.shape, max(leaf.shape[1], slot.shape[1])
+    rest = leaf.shape[3:]
+    start = lambda b, h, n: (b, h, n, *(0 for _ in rest))  # noqa: E731
+    slot, many = jnp.broadcast_to(jnp.maximum(slot, 0), (batch, heads, tokens)), leaf.shape[1] > 1
+
+    def step(i: Array, taken: Array) -> Array:
+        b, h, t = i // (heads * tokens), i // tokens % heads, i % tokens
+        token = lax.dynamic_slice(leaf, start(b, h * many, slot[b, h, t]), (1, 1, 1, *rest))
+        return lax.dynamic_update_slice(taken, token, start(b, h, t))
+
+    return lax.fori_loop(0, slot.size, step, jnp.zeros((*slot.shape, *rest), leaf.dtype))
+
+
 class View(NamedTuple):
     """How the kernel sees leaves of one shape: [B, H, S, D] with tokens as rows, or on lanes [B, H, D, S].
 
@@ -79,6 +117,10 @@ class View(NamedTuple):
 
     lanes: bool
     numbers: bool
+
+    @classmethod
+    def of(cls, x: Array) -> "View":
+        return cls(lanes=x.ndim == 3 or tokens_on_lanes(x.shape), numbers=x.ndim == 3)
 
     @property
     def unit(self) -> int:
@@ -98,31 +140,27 @@ class View(NamedTuple):
     def back(self, x: Array) -> Array:
         return x[:, 0] if self.numbers else self.turn(x)
 
+    def block(self, x: Array, together: int, slot_heads: int, tokens: int) -> pl.BlockSpec:
+        """Of a leaf as it is seen: the block of the token of a step, of some heads together."""
+        many, slots = x.shape[1] > 1, x.shape[self.axis]
+        shape = (x.shape[2], self.unit) if self.lanes else (self.unit, x.shape[3])
+
+        def at(b, h, t, where):
+            block = _block(where[_number(b, h, t, slot_heads, tokens)], slots, self.unit)
+            return (b, h * many, 0, block) if self.lanes else (b, h * many, block, 0)
+
+        return pl.BlockSpec((None, together if many else 1, *shape), at)
+
 
 @functools.partial(jax.jit, static_argnums=3)
 def _put(leaves: list[Array], slot: Array, values: list[Array], interpret: Any) -> list[Array]:
-    views = [View(x.ndim == 3 or tokens_on_lanes(x.shape), x.ndim == 3) for x in leaves]
+    views = [View.of(x) for x in leaves]
     olds = [view.turn(x) for view, x in zip(views, leaves, strict=True)]
     news = [view.turn(x) for view, x in zip(views, values, strict=True)]
     batch, heads, (_, slot_heads, tokens) = slot.shape[0], max(x.shape[1] for x in olds), slot.shape
     together = 1 if slot_heads > 1 else _heads_together(views, olds, heads)
 
-    def new(x: Array) -> pl.BlockSpec:
-        many = x.shape[1] > 1
-        shape = (None, together if many else 1, *x.shape[2:])
-        return pl.BlockSpec(shape, lambda b, h, t, _: (b, h * many, 0, 0))
-
-    def old(view: View, x: Array) -> pl.BlockSpec:
-        many, slots = x.shape[1] > 1, x.shape[view.axis]
-        shape = (x.shape[2], view.unit) if view.lanes else (view.unit, x.shape[3])
-
-        def at(b, h, t, where):
-            block = _block(where[_number(b, h, t, slot_heads, tokens)], slots, view.unit)
-            return (b, h * many, 0, block) if view.lanes else (b, h * many, block, 0)
-
-        return pl.BlockSpec((None, together if many else 1, *shape), at)
-
-    blocks = [old(view, x) for view, x in zip(views, olds, strict=True)]
+    blocks = [view.block(x, together, slot_heads, tokens) for view, x in zip(views, olds, strict=True)]
     written = pl.pallas_call(
         functools.partial(_kernel, views=views, slots=leaves[0].shape[2], slot_heads=slot_heads, tokens=tokens),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -130,7 +168,7 @@ def _put(leaves: list[Array], slot: Array, values: list[Array], interpret: Any) 
             grid=(batch, heads // together if slot_heads == 1 else slot_heads, tokens),
             in_specs=[
                 pl.BlockSpec((None, slot_heads, tokens), lambda b, h, t, _: (b, 0, 0)),
-                [new(x) for x in news],
+                [_all_tokens(x.shape, together) for x in news],
                 blocks,
             ],
             out_specs=blocks,
@@ -142,6 +180,44 @@ def _put(leaves: list[Array], slot: Array, values: list[Array], interpret: Any) 
         name="kvjax_write",
     )(slot.reshape(-1), slot, news, olds)
     return [view.back(x) for view, x in zip(views, written, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _take(leaves: list[Array], slot: Array, interpret: Any) -> list[Array]:
+    views = [View.of(x) for x in leaves]
+    olds = [view.turn(x) for view, x in zip(views, leaves, strict=True)]
+    batch, (_, slot_heads, tokens) = slot.shape[0], slot.shape
+    heads = max(slot_heads, *(x.shape[1] for x in olds))
+    together = 1 if slot_heads > 1 else _heads_together(views, olds, heads)
+
+    def taken(view: View, x: Array) -> jax.ShapeDtypeStruct:
+        shape = list(x.shape)
+        head_axis = 2 if view.numbers else 1
+        shape[head_axis], shape[view.axis] = max(slot_heads, shape[head_axis]), tokens
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+
+    shapes = [taken(view, x) for view, x in zip(views, olds, strict=True)]
+    found = pl.pallas_call(
+        functools.partial(_pick, views=views, slots=leaves[0].shape[2], slot_heads=slot_heads, tokens=tokens),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, heads // together, tokens),
+            in_specs=[view.block(x, together, slot_heads, tokens) for view, x in zip(views, olds, strict=True)],
+            out_specs=[_all_tokens(x.shape, together) for x in shapes],
+        ),
+        out_shape=shapes,
+        # What one step leaves in a block of tokens the next one, or one of other heads, completes.
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
+        interpret=interpret,
+        name="kvjax_take",
+    )(slot.reshape(-1), *olds)
+    return [view.back(x) for view, x in zip(views, found, strict=True)]
+
+
+def _all_tokens(shape: tuple[int, ...], together: int) -> pl.BlockSpec:
+    """Of values as they are seen: all tokens of some heads."""
+    many = shape[1] > 1
+    return pl.BlockSpec((None, together if many else 1, *shape[2:]), lambda b, h, t, _: (b, h * many, 0, 0))
 
 
 def _heads_together(views: list[View], olds: list[Array], heads: int) -> int:
@@ -171,6 +247,30 @@ def _kernel(where, column, news, olds, *outs, views: list[View], slots: int, slo
             at = all_slots[None, :, i : i + 1] if view.numbers else where[_number(b, h, i, slot_heads, tokens)]
             x = jnp.where(slot == at, lax.slice_in_dim(value, i, i + 1, axis=axis), x)
         out[...] = _narrow(x, out.dtype)
+
+
+def _pick(where, *refs, views: list[View], slots: int, slot_heads: int, tokens: int):
+    b, h, t = (pl.program_id(axis) for axis in range(3))
+    slot = jnp.clip(where[_number(b, h, t, slot_heads, tokens)], 0, slots - 1)
+    for view, old, out in zip(views, refs[: len(views)], refs[len(views) :], strict=True):
+        axis = view.axis - 1
+        x, taken = _bits(old[...]), _bits(out[...])
+        chosen = lax.broadcasted_iota(jnp.int32, x.shape, axis) == slot % view.unit
+        token = jnp.where(chosen, x, 0).sum(axis, keepdims=True)
+        here = lax.broadcasted_iota(jnp.int32, taken.shape, axis) == t
+        if view.numbers and slot_heads > 1:
+            here &= lax.broadcasted_iota(jnp.int32, taken.shape, 1) == h
+        out[...] = _from_bits(jnp.where(here, token, taken), out.dtype)
+
+
+def _bits(x: Array) -> Array:
+    """The bits of numbers, those of float32 for bfloat16, in int32."""
+    x = _wide(x)
+    return lax.bitcast_convert_type(x, jnp.int32) if x.dtype == jnp.float32 else x
+
+
+def _from_bits(x: Array, dtype) -> Array:
+    return _narrow(lax.bitcast_convert_type(x, jnp.float32) if dtype in (jnp.float32, jnp.bfloat16) else x, dtype)
 
 
 def _wide(x: Array) -> Array:
