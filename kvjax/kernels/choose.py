@@ -70,6 +70,16 @@ def device_kind() -> str:
     return jax.devices()[0].device_kind
 
 
+def unless_hopper() -> str | None:
+    """Why kernels that are written for Hopper (sm_90a) cannot run on this machine's GPU; None where they can."""
+    if jax.default_backend() != "gpu" or jax.sharding.get_abstract_mesh().abstract_device is not None:
+        return None  # Interpreted, or compiled for a machine that is elsewhere.
+    device = jax.devices()[0]
+    if getattr(device, "compute_capability", "9.0") == "9.0":
+        return None
+    return f"it is written for Hopper GPUs (H100, H200), and this is a {device.device_kind}."
+
+
 def interpreted(implementation: str) -> bool:
     """Whether a Pallas kernel has to be interpreted, because this machine is none of its kind."""
     return NATIVE.get(platform()) != implementation

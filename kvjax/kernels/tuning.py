@@ -1,7 +1,7 @@
 """Block sizes: a small table per kind of device that a script measures and writes, and a heuristic where it is silent.
 
-A table is a JSON file in `kvjax/kernels/tuned/`: {"device", "jax", "commit", "date", "entries": [...]}. An entry names a
-kernel, what decides its speed (kind of store, channels, rows, slots) and the options that were fastest.
+A table is a JSON file in `kvjax/kernels/tuned/`: {"device", "jax", "commit", "date", "entries": [...]}. An entry names
+a kernel, what decides its speed (kind of store, channels, rows, slots) and the options that were fastest.
 `KVJAX_TUNED` names a folder with tables of one's own; its entries come first.
 """
 

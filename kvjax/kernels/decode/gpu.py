@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kvjax.kernels import choose
 from kvjax.kernels.decode.gpu_kernel import Config, Side, run, shared_memory
 from kvjax.kernels.decode.gpu_schedule import join, schedule
 from kvjax.kernels.decode.request import Request, Tail
 from kvjax.kernels.parts import NEG, Part, attend_part, dot_keys, dot_values, merge, visible
 from kvjax.kernels.vectors import Vectors
 
-NEEDED = (0, 12)  # Earlier compilers infer fewer layouts, and earlier interpreters cannot read transposed tiles.
+NEEDED = (0, 11)  # Earlier compilers infer fewer layouts, and earlier interpreters cannot read transposed tiles.
 BLOCK = 64  # The smallest number of tokens per step.
 SMALL = 12 << 10  # Bytes of a block.
 PROCESSORS, SHARED_MEMORY, RESERVED = (
@@ -73,6 +74,8 @@ def refuse(request: Request) -> str | None:
         return (
             f"it needs JAX {'.'.join(map(str, NEEDED))} or newer, which needs Python 3.12; this is {jax.__version__}."
         )
+    if reason := choose.unless_hopper():
+        return reason
     if request.q.dtype != jnp.bfloat16:
         return f"products are taken in bfloat16, but queries are {request.q.dtype}."
     if request.v is None:

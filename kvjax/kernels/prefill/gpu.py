@@ -16,6 +16,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kvjax.kernels import choose
 from kvjax.kernels.parts import NEG, Part, merge
 from kvjax.kernels.prefill.blocks import Tiles, make_tables, pad
 from kvjax.kernels.prefill.request import Prefill, Request
@@ -29,9 +30,8 @@ LOG2E = 1.4426950408889634
 
 def refuse(request: Request) -> str | None:
     """Why the kernels cannot serve a request and what would change that, in a sentence; None where they can."""
-    device = jax.devices()[0]
-    if device.platform == "gpu" and getattr(device, "compute_capability", "9.0") != "9.0":
-        return f"It is written for Hopper GPUs, and this is a {device.device_kind}."
+    if reason := choose.unless_hopper():
+        return reason
     arrays = [request.k, request.v] + ([] if request.past is None else [request.past.k, request.past.v])
     dtypes = {x.dtype for x in arrays}
     if dtypes != {jnp.dtype(jnp.bfloat16)}:
