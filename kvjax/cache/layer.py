@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Self
 
-from jax import Array
+from jax import Array, lax
 
 from kvjax.cache.types import LayerSpec, Tokens
 from kvjax.kernels.parts import Part, attend_part, dot_keys, dot_values, fold, merge, part_weights, unfold, visible
@@ -99,9 +99,11 @@ class Layer:
         """
         mark, length = None if self.marks is None else mark, new.pos.shape[1]
         part = self.read_both(new, spec, shared, logits=mark is not None)
+        # What is written later waits until everything is read; else XLA may copy it to have both at once.
+        part, layer = lax.optimization_barrier((part, self))
         out = unfold(part.out, length)
         if mark is None:
-            return out, self.append(new), shared
+            return out, layer.append(new), shared
         weights = part_weights(part)
         weights = weights.reshape(*weights.shape[:2], -1, length, weights.shape[-1])
         assert self.marks is not None
