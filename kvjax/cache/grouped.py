@@ -20,7 +20,7 @@ from jax import Array, lax
 
 from kvjax.cache.codec import pack_vectors
 from kvjax.cache.layer import Layer
-from kvjax.cache.slots import put_slots, take_slots
+from kvjax.cache.slots import in_tiles, put_slots, take_slots
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
 from kvjax.kernels import Part, Tail, Vectors, decode_attention, write
 
@@ -183,7 +183,8 @@ class GroupedSlots(Layer):
         return write.when(full.any(), flush, layer)
 
     def reserve(self, slots: int) -> "GroupedSlots":
-        extra = -(-slots // self.residual) * self.residual
+        wanted = in_tiles(self.packed_capacity + slots, 8 * self.group) - self.packed_capacity
+        extra = -(-wanted // self.residual) * self.residual
         per_group = {"scale": self.group, "zero": self.group}  # Tokens that share an entry, of keys.
 
         def wider(x: Vectors, tokens: dict[str, int]) -> Vectors:

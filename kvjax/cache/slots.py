@@ -35,6 +35,15 @@ def put_slots(leaf: Array, index: Array, value: Array | float) -> Array:
     return write.put(leaf, index, jnp.broadcast_to(jnp.asarray(value, leaf.dtype), shape))
 
 
+def in_tiles(slots: int, tile: int = 128) -> int:
+    """So many slots, or up to 3 % more that make whole tiles of memory, or the largest part of a tile that allows it.
+
+    Where tokens do not fill tiles XLA for TPUs puts heads on rows instead, and kernels would get copies.
+    """
+    part = min(tile, 1 << max(slots // 32, 1).bit_length() - 1)
+    return -(-slots // part) * part
+
+
 @typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -243,7 +252,7 @@ class Slots(Layer):
 
     def reserve(self, slots: int) -> "Slots":
         wanted = self.capacity + slots
-        return self.resize(min(wanted, self.bound) if self.bound else wanted)
+        return self.resize(in_tiles(min(wanted, self.bound) if self.bound else wanted))
 
     def resize(self, capacity: int) -> "Slots":
         """More (empty) slots; never fewer."""
