@@ -14,7 +14,7 @@ from tests.aot.compile_tpu import ENVIRONMENT
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs pip install libtpu")
 READ = ("kvjax_decode", "kvjax_paged")
-# XLA scatters finished pages into a new pool: keys or values of one layer at a time, a quarter of the cache.
+# Steps with pages need more on the way, though none of it is a copy of the pool.
 TEMP = {"adakv(0.25)": 0.3}
 
 
