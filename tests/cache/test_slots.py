@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from kvjax.cache import EMPTY, Packed, Plain, Scaled, Slots, Tokens, make_grouped, make_ring
-from kvjax.cache.slots import put_slots, take_slots
+from kvjax.cache.slots import in_tiles, put_slots, take_slots
 
 B, H, T, D, CAPACITY = 2, 2, 3, 8, 7  # New tokens come three at a time, some of them padding.
 
@@ -117,6 +117,12 @@ def test_reserve_adds_empty_slots():
     bounded = dataclasses.replace(layer, bound=9)
     assert bounded.room is not None and bounded.reserve(100).capacity == 9 and bounded.reserve(100).room is None
     assert layer.reserve(0) is layer
+
+
+@pytest.mark.parametrize("slots, tiles", [(0, 0), (33, 33), (1065, 1088), (2049, 2112), (8193, 8320), (2**20, 2**20)])
+def test_many_slots_fill_tiles(slots, tiles):
+    """At most 3 % more."""
+    assert in_tiles(slots) == tiles
 
 
 COUNTS = st.lists(st.integers(0, T), min_size=B, max_size=B)  # New tokens of every row.
