@@ -22,8 +22,8 @@ LENGTHS, ASKED, EVERYTHING = np.array([208, 150], np.int32), 6, 4096
 COMPOSITIONS = ("adakv(0.5) | kivi(bits=4, residual=32)", "cake(0.5) | think(0.4)", "minicache | int4")
 NAMES = [*kvjax.methods(), *COMPOSITIONS]
 KINDS = (  # One of each: layout, budget, phase, what layers share.
-    *("full", "snapkv", "pyramidkv", "adakv", "streaming_llm", "h2o", "int4", "kivi", "gear", "think", "shadowkv"),
-    *("tidaldecode", "quest", "locret", "minicache | int4"),
+    *("full", "snapkv", "adakv", "streaming_llm", "h2o", "kivi", "gear", "think", "shadowkv"),
+    *("tidaldecode", "quest", "minicache | int4"),
 )
 SAME = 2e-3  # Of logits around 20: another order of the same float32 sums, through 18 layers.
 
