@@ -14,13 +14,9 @@ from jax import Array
 
 from kvjax.cache.host import take_rows
 from kvjax.kernels.choose import Implementation
+from kvjax.kernels.vectors import static as static
 
 EMPTY = -1  # The position of a slot, or of a padding token, that holds nothing.
-
-
-def static(**kwargs: Any) -> Any:
-    """A dataclass field that is part of the program, not of the data: it is hashed, never traced."""
-    return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

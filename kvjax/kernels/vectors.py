@@ -8,12 +8,18 @@ what the kernels there expect.
 
 import dataclasses
 import typing
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from kvjax.kernels.packing import expand, unpack
+
+
+def static(**kwargs: Any) -> Any:
+    """A dataclass field that is part of the program, not of the data: it is hashed, never traced."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
 @typing.no_type_check
@@ -32,7 +38,7 @@ class Vectors:
     codes: Array
     scale: Array | None = None
     zero: Array | None = None
-    bits: int = dataclasses.field(default=0, metadata={"static": True})
+    bits: int = static(default=0)
 
     @property
     def slots(self) -> int:

@@ -6,11 +6,7 @@ import typing
 import jax
 from jax import Array
 
-from kvjax.kernels.vectors import Vectors
-
-
-def _static(**kwargs):
-    return dataclasses.field(metadata={"static": True}, **kwargs)
+from kvjax.kernels.vectors import Vectors, static
 
 
 @typing.no_type_check
@@ -61,10 +57,10 @@ class Request:
     pos: Array | None = None
     bias: Array | None = None
     tail: Tail | None = None
-    window: int = _static(default=0)
-    softcap: float = _static(default=0.0)
-    latent: int = _static(default=0)
-    logits: bool = _static(default=False)
+    window: int = static(default=0)
+    softcap: float = static(default=0.0)
+    latent: int = static(default=0)
+    logits: bool = static(default=False)
 
     @property
     def tokens(self) -> int:

@@ -6,11 +6,7 @@ import typing
 import jax
 from jax import Array
 
-from kvjax.kernels.vectors import Vectors
-
-
-def _static(**kwargs):
-    return dataclasses.field(metadata={"static": True}, **kwargs)
+from kvjax.kernels.vectors import Vectors, static
 
 
 @typing.no_type_check
@@ -47,10 +43,10 @@ class PagedRequest:
     lengths: Array
     q_pos: Array
     pos: Array | None = None
-    page: int = _static()
-    pool: bool = _static(default=False)
-    window: int = _static(default=0)
-    softcap: float = _static(default=0.0)
+    page: int = static()
+    pool: bool = static(default=False)
+    window: int = static(default=0)
+    softcap: float = static(default=0.0)
 
     @property
     def tokens(self) -> int:

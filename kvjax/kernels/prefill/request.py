@@ -9,10 +9,7 @@ from jax import Array, lax
 
 from kvjax.kernels.choose import KernelError
 from kvjax.kernels.prefill.statistics import Statistics
-
-
-def _static(**kwargs):
-    return dataclasses.field(metadata={"static": True}, **kwargs)
+from kvjax.kernels.vectors import static
 
 
 @typing.no_type_check
@@ -59,9 +56,9 @@ class Request:
     low: Array
     age: Array
     past: Past | None = None
-    softcap: float = _static(default=0.0)
-    window: int = _static(default=0)
-    statistics: Statistics = _static(default=Statistics())  # noqa: RUF009
+    softcap: float = static(default=0.0)
+    window: int = static(default=0)
+    statistics: Statistics = static(default=Statistics())  # noqa: RUF009
 
     @property
     def past_place(self) -> Array:
