@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "methods": {"kernels", "cache", "policies"},
     "generation": {"kernels", "cache", "models", "policies"},
     "training": {"kernels", "cache", "models", "checkpoints", "policies", "methods", "generation"},
+    "sharding": {"kernels", "cache", "models", "policies", "generation"},
     "model": {"cache", "checkpoints", "generation", "models", "policies"},
     "evaluation": {"kernels", "cache", "model", "models", "checkpoints", "policies", "methods", "generation"},
 }

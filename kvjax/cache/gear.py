@@ -336,8 +336,8 @@ class GearSlots(Layer):
         position = jnp.broadcast_to(pos[:, None, None], (*self.pos.shape[:2], 1))
         layer = dataclasses.replace(
             self,
-            k_buffer=put_slots(self.k_buffer, slot, k),
-            v_buffer=put_slots(self.v_buffer, slot, v),
+            k_buffer=put_slots(self.k_buffer, slot, k, whole=True),
+            v_buffer=put_slots(self.v_buffer, slot, v, whole=True),
             pos=put_slots(self.pos, place, position),
         )
         if not self.blocks:

@@ -22,7 +22,7 @@ from kvjax.cache.codec import pack_vectors
 from kvjax.cache.layer import Layer
 from kvjax.cache.slots import in_tiles, put_slots, take_slots
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
-from kvjax.kernels import Part, Tail, Vectors, decode_attention, write
+from kvjax.kernels import Part, Tail, Vectors, decode_attention, mesh, write
 
 
 def put_vectors(old: Vectors, token: Array, new: Vectors) -> Vectors:
@@ -162,15 +162,15 @@ class GroupedSlots(Layer):
         slot = jnp.where(fits[:, None, None], n % residual, residual)
 
         # The value that leaves the residual is packed first: the new one takes its slot.
-        leaving = write.take(self.v_recent, slot)
+        leaving = write.take(self.v_recent, slot, whole=True)
         target = jnp.where(fits[:, None, None] & (n >= residual), n - residual, self.packed_capacity)
         assert self.k.scale is not None and self.v.scale is not None
         old = pack_vectors(leaving, self.v.bits, self.group, -1, self.v.scale.dtype.name)
         layer = dataclasses.replace(
             self,
             v=put_vectors(self.v, target[:, 0, 0], old),
-            k_recent=put_slots(self.k_recent, slot, k),
-            v_recent=put_slots(self.v_recent, slot, v),
+            k_recent=put_slots(self.k_recent, slot, k, whole=True),
+            v_recent=put_slots(self.v_recent, slot, v, whole=True),
             order=put_slots(self.order, n, jnp.broadcast_to(pos[:, None, None], (*self.order.shape[:2], 1))),
         )
         full = fits & ((self.count + 1) % residual == 0)  # Rows whose residual of keys is complete.
@@ -183,8 +183,16 @@ class GroupedSlots(Layer):
         return write.when(full.any(), flush, layer)
 
     def reserve(self, slots: int) -> "GroupedSlots":
-        wanted = in_tiles(self.packed_capacity + slots, 8 * self.group) - self.packed_capacity
-        extra = -(-wanted // self.residual) * self.residual
+        return self._resize(in_tiles(self.packed_capacity + slots, 8 * self.group))
+
+    def even(self) -> "GroupedSlots":
+        return self._resize(self.packed_capacity)
+
+    def _resize(self, capacity: int) -> "GroupedSlots":
+        """At least so many packed slots: whole residuals, which divide over the mesh in use."""
+        extra = mesh.even(capacity, self.k.codes.shape[1], self.residual) - self.packed_capacity
+        if not extra:
+            return self
         per_group = {"scale": self.group, "zero": self.group}  # Tokens that share an entry, of keys.
 
         def wider(x: Vectors, tokens: dict[str, int]) -> Vectors:

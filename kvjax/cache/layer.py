@@ -1,8 +1,11 @@
 """What one layer stores, and the one function between a model and its cache: `Layer.attend`."""
 
+import dataclasses
+import typing
 from collections.abc import Callable
 from typing import Any, Self
 
+import jax
 from jax import Array, lax
 
 from kvjax.cache.types import LayerSpec, Tokens
@@ -54,8 +57,17 @@ class Layer:
         raise NotImplementedError
 
     def reserve(self, slots: int) -> Self:
-        """Room for at least `slots` more tokens."""
+        """Room for at least `slots` more tokens, and slots that divide over the mesh in use, if there is one."""
         raise NotImplementedError
+
+    def even(self) -> Self:
+        """As many more empty slots as make them divide over the mesh in use; the same layer without one."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(typing.cast(Any, self))}
+        is_layer = lambda x: isinstance(x, Layer)  # noqa: E731
+        inner = {name: x for name, x in fields.items() if any(map(is_layer, jax.tree.leaves(x, is_leaf=is_layer)))}
+        grow = lambda x: x.even() if is_layer(x) else x  # noqa: E731
+        grown = {name: jax.tree.map(grow, x, is_leaf=is_layer) for name, x in inner.items()}
+        return dataclasses.replace(typing.cast(Any, self), **grown)
 
     def sees(self, q_pos: Array, k_pos: Array, mask: Array) -> Array:
         """Narrows a causal mask [B, 1 or H, T, S] where the layer forgets tokens by itself (rings)."""

@@ -20,7 +20,7 @@ from kvjax.cache.codec import Codec, Plain, pack_vectors
 from kvjax.cache.layer import Layer
 from kvjax.cache.slots import take_slots
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
-from kvjax.kernels import Part, decode_attention, merge, write
+from kvjax.kernels import Part, decode_attention, merge, mesh, write
 from kvjax.kernels.packing import codes_per_word
 from kvjax.kernels.paged import PagedRequest, paged_attention
 from kvjax.kernels.parts import fold
@@ -198,7 +198,14 @@ class Pages(Layer):
         return write.when((cut.owner != EMPTY).any(), lambda layer: _put_pages(layer, cut), layer)
 
     def reserve(self, slots: int) -> "Pages":
-        extra = self.tail_pos.shape[1] * -(-slots // self.page)
+        return self._resize(self.owner.shape[1] + self.tail_pos.shape[1] * -(-slots // self.page))
+
+    def even(self) -> "Pages":
+        return self._resize(self.owner.shape[1])
+
+    def _resize(self, pages: int) -> "Pages":
+        """At least so many pages, which divide over the mesh in use."""
+        extra = mesh.even(pages, 1) - self.owner.shape[1]
 
         def pad(leaf: Array, value: int = 0) -> Array:
             return jnp.pad(leaf, ((0, 0), (0, extra)) + ((0, 0),) * (leaf.ndim - 2), constant_values=value)

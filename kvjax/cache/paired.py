@@ -21,6 +21,7 @@ from kvjax.cache.codec import Codec, Plain
 from kvjax.cache.layer import Layer
 from kvjax.cache.slots import Slots, put_slots, take_slots
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
+from kvjax.kernels import mesh
 from kvjax.kernels.parts import Part, attend_part, fold, visible
 
 
@@ -168,6 +169,15 @@ class Paired(Layer):
         return dataclasses.replace(self, k=k, v=v, new_pos=new.pos[:, None])
 
     def reserve(self, slots: int) -> "Paired":
+        return self._resize(self.pos.shape[-1] + slots)
+
+    def even(self) -> "Paired":
+        return self._resize(self.pos.shape[-1])
+
+    def _resize(self, capacity: int) -> "Paired":
+        """At least so many slots, which divide over the mesh in use."""
+        slots = mesh.even(capacity, self.k.norm.shape[1]) - self.pos.shape[-1]
+
         def pad(leaf: Array, value: int = 0) -> Array:
             return jnp.pad(leaf, ((0, 0), (0, 0), (0, slots)) + ((0, 0),) * (leaf.ndim - 3), constant_values=value)
 

@@ -16,6 +16,7 @@ from jax import Array, lax
 from kvjax.cache.layer import Layer, Mark
 from kvjax.cache.slots import Slots, put_slots, take_slots
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
+from kvjax.kernels import mesh
 from kvjax.kernels.paged import PagedRequest, paged_attention
 from kvjax.kernels.parts import NEG, Part, attend_part, dot_keys, fold, visible
 from kvjax.kernels.vectors import as_vectors
@@ -199,7 +200,15 @@ class BoundedPages(Reader):
         )
 
     def reserve(self, slots: int) -> "BoundedPages":
-        inner = self.inner.reserve(slots)
+        return self._with(self.inner.reserve(slots))
+
+    def even(self) -> "BoundedPages":
+        return self._with(self.inner)
+
+    def _with(self, inner: Slots) -> "BoundedPages":
+        """With a larger inner layer, whose pages divide over the mesh in use."""
+        if mesh.shares(inner.heads) > 1:
+            inner = inner.resize(mesh.even(inner.capacity, inner.heads, self.page))
         extra = -(-inner.capacity // self.page) - self.low.shape[2]
         pad = lambda leaf: jnp.pad(leaf, ((0, 0), (0, 0), (0, extra), (0, 0)))  # noqa: E731
         return dataclasses.replace(self, inner=inner, low=pad(self.low), high=pad(self.high))

@@ -15,7 +15,7 @@ from jax import Array
 from kvjax.cache.codec import Codec, Plain
 from kvjax.cache.layer import Layer
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens, static
-from kvjax.kernels import Part, Tail, decode_attention, merge, write
+from kvjax.kernels import Part, Tail, decode_attention, merge, mesh, write
 from kvjax.kernels.parts import fold, visible
 
 UNLIMITED = 2**30
@@ -29,10 +29,10 @@ def take_slots(leaf: Array, index: Array) -> Array:
     return jnp.take_along_axis(leaf, index.reshape(index.shape + (1,) * (leaf.ndim - 3)), axis=2)
 
 
-def put_slots(leaf: Array, index: Array, value: Array | float) -> Array:
+def put_slots(leaf: Array, index: Array, value: Array | float, *, whole: bool = False) -> Array:
     """Writes value [B, H, T, ...] to slots index [B, 1 or H, T] of leaf; an index of S or more writes nothing."""
     shape = (*leaf.shape[:2], index.shape[2], *leaf.shape[3:])
-    return write.put(leaf, index, jnp.broadcast_to(jnp.asarray(value, leaf.dtype), shape))
+    return write.put(leaf, index, jnp.broadcast_to(jnp.asarray(value, leaf.dtype), shape), whole=whole)
 
 
 def in_tiles(slots: int, tile: int = 128) -> int:
@@ -83,6 +83,10 @@ class Slots(Layer):
     @property
     def capacity(self) -> int:
         return self.pos.shape[-1]
+
+    @property
+    def heads(self) -> int:
+        return jax.tree.leaves(self.k)[0].shape[1]
 
     @property
     def count(self) -> Array:
@@ -170,13 +174,12 @@ class Slots(Layer):
         )
 
     def logits(self, new: Tokens, spec: LayerSpec) -> Array:
-        heads = jax.tree.leaves(self.k)[0].shape[1]
-        logits = self.codec.dot(fold(new.q * spec.scale, heads), self.k)
+        logits = self.codec.dot(fold(new.q * spec.scale, self.heads), self.k)
         if not self.shifted:
             return logits
         q = self._turned(new, spec)
         first = jax.tree.map(lambda leaf: leaf[:, :, : self.sinks], self.k)
-        return logits.at[..., : self.sinks].set(self.codec.dot(fold(q * spec.scale, heads), first))
+        return logits.at[..., : self.sinks].set(self.codec.dot(fold(q * spec.scale, self.heads), first))
 
     def mix(self, p: Array) -> Array:
         return self.codec.mix(p, self.k)[..., -self.latent :] if self.latent else self.codec.mix(p, self.v)
@@ -252,7 +255,11 @@ class Slots(Layer):
 
     def reserve(self, slots: int) -> "Slots":
         wanted = self.capacity + slots
-        return self.resize(in_tiles(min(wanted, self.bound) if self.bound else wanted))
+        wanted, parts = min(wanted, self.bound) if self.bound else wanted, mesh.shares(self.heads)
+        return self.resize(parts * in_tiles(-(-wanted // parts)))
+
+    def even(self) -> "Slots":
+        return self.resize(mesh.even(self.capacity, self.heads))
 
     def resize(self, capacity: int) -> "Slots":
         """More (empty) slots; never fewer."""

@@ -13,7 +13,7 @@ from jax.experimental import checkify
 
 from kvjax.kernels import choose, tuning
 from kvjax.kernels.choose import Choice, Implementation, KernelError
-from kvjax.kernels.decode import reference, xla
+from kvjax.kernels.decode import reference, sharded, xla
 from kvjax.kernels.decode.request import Request as Request, Tail as Tail
 from kvjax.kernels.parts import Part, fold, merge
 from kvjax.kernels.vectors import Vectors, as_vectors
@@ -96,7 +96,10 @@ def decode_attention(
 
 
 def serve(request: Request, implementation: Implementation = "auto", **options: Any) -> Part:
-    """The answer to a request; see `decode_attention`."""
+    """The answer to a request; see `decode_attention`. On a mesh every device answers for its own slots."""
+    mine = sharded.where(request)
+    if mine is not None:
+        return sharded.decode(request, mine, lambda own: serve(own, implementation, **options))
     name = explain(request, implementation).implementation
     if name == "reference":
         return reference.decode(request)

@@ -21,26 +21,27 @@ class Schedule:
 
     Attributes:
       starts: Where each program's share starts in the list, and where the last one ends [programs + 1] int32.
-      first, last: First and last row and head of each share [programs] int32; first > last where there is no work.
+      first_row, last_row: Of each share, rows and heads in one axis [programs] int32; first > last where there is no
+        work.
       offsets: Where the blocks of each row and head start in the list [B * H + 1] int32.
     """
 
     starts: Array
-    first: Array
-    last: Array
+    first_row: Array
+    last_row: Array
     offsets: Array
 
 
-def schedule(lengths: Array, block: int, programs: int) -> Schedule:
-    """lengths [B * H] int32 -> who reads which blocks."""
-    offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum((lengths + block - 1) // block, dtype=jnp.int32)])
+def schedule(blocks: Array, programs: int) -> Schedule:
+    """How many blocks each row and head has [B * H] int32 -> who reads which."""
+    offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(blocks, dtype=jnp.int32)])
     share = jnp.maximum((offsets[-1] + programs - 1) // programs, 1)
     starts = jnp.minimum(jnp.arange(programs + 1, dtype=jnp.int32) * share, offsets[-1])
     idle = starts[:-1] == starts[1:]
     return Schedule(
         starts=starts,
-        first=jnp.where(idle, 1, owner(offsets, starts[:-1])),
-        last=jnp.where(idle, 0, owner(offsets, starts[1:] - 1)),
+        first_row=jnp.where(idle, 1, owner(offsets, starts[:-1])),
+        last_row=jnp.where(idle, 0, owner(offsets, starts[1:] - 1)),
         offsets=offsets,
     )
 

@@ -5,11 +5,11 @@ from typing import Any
 
 from kvjax.kernels import choose
 from kvjax.kernels.choose import Choice, Implementation
-from kvjax.kernels.paged import reference, xla
+from kvjax.kernels.paged import reference, sharded, xla
 from kvjax.kernels.paged.request import PagedRequest as PagedRequest
 from kvjax.kernels.parts import Part
 
-PALLAS = ("tpu",)
+PALLAS = ("tpu", "gpu")
 
 
 def paged_attention(request: PagedRequest, implementation: Implementation = "auto", **options: Any) -> Part:
@@ -27,6 +27,9 @@ def paged_attention(request: PagedRequest, implementation: Implementation = "aut
     Raises:
       KernelError: The implementation that was named cannot serve this.
     """
+    mine = sharded.where(request)
+    if mine is not None:
+        return sharded.attend(request, mine, lambda own: paged_attention(own, implementation, **options))
     name = explain(request, implementation).implementation
     if name == "reference":
         return reference.attend(request)

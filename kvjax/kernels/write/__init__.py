@@ -1,5 +1,10 @@
-"""Writing a few tokens into their slots, in place, and taking a few out of theirs."""
+"""Writing a few tokens into their slots, in place, and taking a few out of theirs.
 
+On a mesh slots lie on several devices, and each writes its own, unless the caller says that every device has them all:
+`whole`, for small buffers.
+"""
+
+import dataclasses
 import importlib
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,19 +15,22 @@ from jax import Array, lax
 
 from kvjax.kernels import choose
 from kvjax.kernels.choose import Choice, Implementation
-from kvjax.kernels.write import reference
+from kvjax.kernels.write import reference, sharded
 
 PALLAS = ("tpu",)
 T = TypeVar("T")
 
 
-def put(leaves: Any, slot: Array, values: Any, *, implementation: Implementation = "auto") -> Any:
+def put(
+    leaves: Any, slot: Array, values: Any, *, whole: bool = False, implementation: Implementation = "auto"
+) -> Any:
     """Writes T tokens into their slots: in place where the leaves are donated or not used again.
 
     Args:
       leaves: A pytree of arrays [B, H or 1, S, ...].
       slot: Where each token goes [B, 1 or H, T] int32; outside `0 ... S - 1` nothing is written. No slot comes twice.
       values: What is written there, a pytree of arrays [B, H or 1, T, ...].
+      whole: On a mesh, every device has all slots.
       implementation: "auto", "tpu" or "xla" (a scatter).
 
     Returns:
@@ -31,18 +39,23 @@ def put(leaves: Any, slot: Array, values: Any, *, implementation: Implementation
     Raises:
       KernelError: The implementation that was named cannot serve this.
     """
+    mine = sharded.where(leaves, whole)
+    if mine is not None:
+        local = lambda *own: put(*own, implementation=implementation)  # noqa: E731
+        return sharded.put(leaves, slot, values, mine, local)
     name = explain(leaves, slot, implementation).implementation
     if name in ("xla", "reference"):
         return reference.put(leaves, slot, values)
     return _module(name).put(leaves, slot, values, interpret=choose.interpreted(name))
 
 
-def take(leaves: Any, slot: Array, *, implementation: Implementation = "auto") -> Any:
+def take(leaves: Any, slot: Array, *, whole: bool = False, implementation: Implementation = "auto") -> Any:
     """Takes T tokens from their slots.
 
     Args:
       leaves: A pytree of arrays [B, H or 1, S, ...].
       slot: Where each token lies [B, 1 or H, T] int32; outside `0 ... S - 1` the nearest slot is taken.
+      whole: On a mesh, every device has all slots; else those who have them hand them to all.
       implementation: "auto", "tpu" or "xla" (a gather).
 
     Returns:
@@ -51,6 +64,10 @@ def take(leaves: Any, slot: Array, *, implementation: Implementation = "auto") -
     Raises:
       KernelError: The implementation that was named cannot serve this.
     """
+    mine = sharded.where(leaves, whole)
+    if mine is not None:
+        slot = slot.clip(0, jax.tree.leaves(leaves)[0].shape[2] - 1)
+        return sharded.take(leaves, slot, mine, lambda *own: take(*own, implementation=implementation))
     refusals = {name: lambda name=name: _module(name).refuse_take(leaves, slot) for name in PALLAS}
     name = choose.choose(implementation, refusals).implementation
     if name in ("xla", "reference"):
@@ -63,10 +80,16 @@ def put_block(leaves: Any, start: Any, values: Any) -> Any:
 
     Args:
       leaves: A pytree of arrays [B, H, S, ...].
-      start: The first entry of each row, a pytree like leaves of [B] int32. A row whose entries would not all lie
-        within `0 ... S - 1` stays as it is.
+      start: The first entry of each row, a pytree like leaves of [B] int32, a multiple of T. A row whose entries
+        would not all lie within `0 ... S - 1` stays as it is.
       values: What is written there, a pytree of arrays [B, H, T, ...].
     """
+    mine = sharded.where(leaves, whole=False)
+    if mine is not None:
+        sizes = jax.tree.map(lambda value: value.shape[2], values)
+        if not _divides(leaves, sizes, mine):
+            mine = dataclasses.replace(mine, slots=())
+        return sharded.put(leaves, start, values, mine, put_block)
 
     def one(leaf: Array, first: Array, value: Array) -> Array:
         fits, size = (first >= 0) & (first + value.shape[2] <= leaf.shape[2]), (1, *value.shape[1:])
@@ -83,7 +106,12 @@ def put_block(leaves: Any, start: Any, values: Any) -> Any:
 
 
 def take_block(leaf: Array, start: Array, size: int) -> Array:
-    """`size` consecutive entries of the third axis from start [B] on: leaf [B, H, S, ...] -> [B, H, size, ...]."""
+    """`size` consecutive entries of the third axis from start [B], a multiple of size, on: leaf [B, H, S, ...] ->
+    [B, H, size, ...]."""
+    mine = sharded.where(leaf, whole=False)
+    if mine is not None:
+        mine = mine if _divides(leaf, size, mine) else dataclasses.replace(mine, slots=())
+        return sharded.take(leaf, start.clip(0, leaf.shape[2] - size), mine, lambda *own: take_block(*own, size))
     rest = (0,) * (leaf.ndim - 3)
     shape = (1, leaf.shape[1], size, *leaf.shape[3:])
 
@@ -92,6 +120,12 @@ def take_block(leaf: Array, start: Array, size: int) -> Array:
         return lax.dynamic_update_slice(taken, piece, (b, 0, 0, *rest))
 
     return lax.fori_loop(0, leaf.shape[0], row, jnp.zeros((leaf.shape[0], *shape[1:]), leaf.dtype))
+
+
+def _divides(leaves: Any, sizes: Any, mine: sharded.Spread) -> bool:
+    """Whether blocks of so many entries each lie on one device."""
+    parts = mine.devices(mine.slots)
+    return all(jax.tree.leaves(jax.tree.map(lambda leaf, size: leaf.shape[2] % (parts * size) == 0, leaves, sizes)))
 
 
 def when(flag: Array, change: Callable[[T], T], x: T) -> T:
