@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import jax
 
 Row = dict[str, Any]
 FILE = "results.json"
+PARTIAL = f"{FILE}.partial"  # Always the same name: what a killed run leaves of it, the next one replaces.
 
 
 def versions() -> dict[str, str]:
@@ -42,8 +42,8 @@ def make_folder(folder: pathlib.Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            pass
+        (folder / PARTIAL).touch()
+        (folder / PARTIAL).unlink()
     except OSError as error:
         raise ValueError(f"Cannot write to the folder {folder}: {error.strerror}. Choose another (--out).") from None
 
@@ -75,20 +75,17 @@ def read_rows(folder: pathlib.Path, config: Mapping[str, Any], overwrite: bool =
 
 
 def write_rows(folder: pathlib.Path, rows: Sequence[Row]) -> None:
-    """Replaces the file of rows at once: a reader sees the old rows or the new ones."""
-    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".json", delete=False, encoding="utf-8") as file:
-        try:
+    """Replaces the file of rows at once: a reader sees the old rows or the new ones, whenever this process is killed.
+
+    A bucket that is mounted as a folder renames by a copy, which is as atomic, and a deletion.
+    """
+    partial = folder / PARTIAL
+    try:
+        with partial.open("w", encoding="utf-8") as file:
             json.dump(rows, file, indent=1, allow_nan=True)
-            file.close()
-            # A temporary file is for its owner alone; results are as readable as any other file.
-            os.chmod(file.name, 0o666 & ~_umask())
-            os.replace(file.name, folder / FILE)
-        except BaseException:
-            pathlib.Path(file.name).unlink(missing_ok=True)
-            raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+            file.flush()
+            os.fsync(file.fileno())  # Or a machine that goes down could keep the new name and lose the content.
+        os.replace(partial, folder / FILE)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
