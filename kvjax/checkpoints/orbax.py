@@ -3,14 +3,20 @@
 Example:
     save_cache("cache", cache)
     cache = load_cache("cache")  # No template: the folder says what it holds.
+    cache = load_cache("cache", placement=cache_shardings(abstract_pytree("cache"), mesh))  # Onto any mesh.
 
 A folder has two items. `leaves` are the arrays, by their path in the tree ("layers.3.k.words"). `structure` is JSON
 that spells the tree around them: dicts, tuples, lists, kvjax's dataclasses by name with all fields, static ones too.
 Nothing is pickled: only classes and functions of kvjax, and those a caller passes as `extra`, are ever looked up. Orbax
 does not notice flipped bits, so `structure` has a checksum of every leaf.
+
+With several processes all of them save and load, with the same arguments and a folder that all see. Each writes and
+reads its own parts of arrays, the first process writes the structure. What each process has for itself (NumPy arrays,
+arrays on its own devices alone) is written as the first has it.
 """
 
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -18,7 +24,6 @@ import json
 import os
 import pathlib
 import types
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -27,17 +32,19 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tokenizers
+from etils import epath
 
 from kvjax.cache.host import HOST, on_host
 from kvjax.checkpoints.check import CheckpointError, check_params
+from kvjax.checkpoints.checksum import checksums
 from kvjax.checkpoints.tokenizer import Tokenizer
 from kvjax.models.config import Config
 from kvjax.models.params import layer_params
 
-FORMAT = 1  # Raised when folders written before can no longer be read.
+FORMAT = 2  # Raised when folders written before can no longer be read.
 
 Path = str | os.PathLike[str]
-Placement = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
+Placement = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]  # See `load_pytree`.
 
 
 # Parameters and caches
@@ -51,9 +58,12 @@ def save_params(
     save_pytree(path, {"params": params, "config": config, "tokenizer": tokenizer}, overwrite=overwrite)
 
 
-def load_params(path: Path, *, placement: Placement | None = None) -> tuple[dict[str, Any], Config, Tokenizer | None]:
-    """Loads what `save_params` saved, in the dtypes it was saved in; see `load_pytree`."""
-    tree = load_pytree(path, placement=placement)
+def load_params(path: Path, *, placement: Any = None) -> tuple[dict[str, Any], Config, Tokenizer | None]:
+    """Loads what `save_params` saved, in the dtypes it was saved in; see `load_pytree`.
+
+    A placement that is a tree is one of parameters: `param_shardings(abstract_pytree(path)["params"], config, mesh)`.
+    """
+    tree = load_pytree(path, placement={"params": placement} if isinstance(placement, dict) else placement)
     if not (isinstance(tree, dict) and tree.keys() == {"params", "config", "tokenizer"}):
         raise CheckpointError(f"{path} does not hold a model but a {type(tree).__name__}; `save_params` writes models.")
     check_params(tree["config"], tree["params"], str(path))
@@ -65,8 +75,12 @@ def save_cache(path: Path, cache: Any, *, overwrite: bool = False, extra: Iterab
     save_pytree(path, cache, overwrite=overwrite, extra=extra)
 
 
-def load_cache(path: Path, *, placement: Placement | None = None, extra: Iterable[Any] = ()) -> Any:
-    """Loads what `save_cache` saved; see `load_pytree`."""
+def load_cache(path: Path, *, placement: Any = None, extra: Iterable[Any] = ()) -> Any:
+    """Loads what `save_cache` saved; see `load_pytree`.
+
+    Its slots are as many as were saved. A mesh that does not divide them gets the cache whole where it does not, or
+    evenly by `shard_cache` afterwards.
+    """
     cache = load_pytree(path, placement=placement, extra=extra)
     if not dataclasses.is_dataclass(cache):
         raise CheckpointError(f"{path} does not hold a cache but a {type(cache).__name__}; `save_cache` writes caches.")
@@ -80,7 +94,7 @@ def save_pytree(path: Path, tree: Any, *, overwrite: bool = False, extra: Iterab
     """Saves a tree of arrays. The folder appears under its name only when everything has been written.
 
     Args:
-      path: The folder to write.
+      path: The folder to write, or a bucket's ("gs://bucket/folder", which needs the package gcsfs).
       tree: Arrays of any dtype in dicts, tuples, lists and kvjax's dataclasses; None, numbers, strings, dtypes and
         kvjax's functions between them.
       overwrite: Replace a folder that exists.
@@ -90,39 +104,61 @@ def save_pytree(path: Path, tree: Any, *, overwrite: bool = False, extra: Iterab
       FileExistsError: The folder exists and `overwrite` is False.
       TypeError: The tree holds something else; the message says where.
     """
-    folder = pathlib.Path(path).absolute()
+    folder = _folder(path)
     if folder.exists() and not overwrite:
         raise FileExistsError(f"{folder} exists; pass overwrite=True to replace it.")
     leaves: dict[str, Any] = {}
     node = _encode(tree, "", leaves, {_name(thing) for thing in extra})
+    sums = checksums(leaves) if leaves else {}
+    for described in _leaf_nodes(node):
+        described["sums"] = sums[described["leaf"]]
     structure = {"format": FORMAT, "versions": _versions(), "tree": node}
     items: dict[str, Any] = {"structure": ocp.args.JsonSave(structure)}
     if leaves:  # Orbax refuses an empty tree.
-        items["leaves"] = ocp.args.PyTreeSave(leaves)
+        items["leaves"] = ocp.args.PyTreeSave({name: _writable(x) for name, x in leaves.items()})
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(folder, ocp.args.Composite(**items), force=overwrite)
 
 
-def load_pytree(path: Path, *, placement: Placement | None = None, extra: Iterable[Any] = ()) -> Any:
+def load_pytree(path: Path, *, placement: Any = None, extra: Iterable[Any] = ()) -> Any:
     """Loads what `save_pytree` saved: the same tree, the same bits.
 
     Args:
       path: The folder.
-      placement: (name, shape and dtype) -> sharding of a leaf; default: all on the first device, or in its host's
-        memory where they were saved from there.
+      placement: Where leaves go, wherever they were saved from: a function (name, shape and dtype) -> sharding, or a
+        tree of shardings like the saved one. Default: all on the first device, or in its host's memory where they were
+        saved from there; with several processes a copy on every device.
       extra: Dataclasses and functions outside kvjax that the tree may hold.
 
     Raises:
-      CheckpointError: The folder is missing, incomplete, corrupt, or was written by a kvjax that is too different.
+      CheckpointError: The folder is missing, incomplete, corrupt, or was written by a kvjax that is too different; or
+        the placement does not fit what it holds.
     """
-    folder = pathlib.Path(path).absolute()
+    folder = _folder(path)
     structure = _read_structure(folder)
     # Leaves in a flat dict: they are restored and checked by name before anything is built of them.
     stored = {node["leaf"]: node for node in _leaf_nodes(structure["tree"])}
-    values = _read_leaves(folder, stored, placement)
-    known = {_name(thing): thing for thing in extra}
+    place: Any = placement if callable(placement) else _by_name(placement, folder)
+    return _build(folder, structure, _read_leaves(folder, stored, place), extra)
+
+
+def abstract_pytree(path: Path, *, extra: Iterable[Any] = ()) -> Any:
+    """What `load_pytree` would load, with `jax.ShapeDtypeStruct` in place of arrays, none of which is read.
+
+    The sharding of each says which memory it was saved from, so that `cache_shardings` puts it there again.
+
+    Raises:
+      CheckpointError: As `load_pytree`.
+    """
+    folder = _folder(path)
+    structure = _read_structure(folder)
+    leaves = {node["leaf"]: _abstract(node) for node in _leaf_nodes(structure["tree"])}
+    return _build(folder, structure, leaves, extra)
+
+
+def _build(folder: epath.Path, structure: dict[str, Any], leaves: dict[str, Any], extra: Iterable[Any]) -> Any:
     try:
-        return _decode(structure["tree"], values, known)
+        return _decode(structure["tree"], leaves, {_name(thing): thing for thing in extra})
     except (KeyError, TypeError, ValueError, AttributeError, ImportError) as error:
         raise CheckpointError(
             f"{folder}: cannot be rebuilt: {error}. Saved with {structure['versions']}, loaded with {_versions()}."
@@ -131,14 +167,20 @@ def load_pytree(path: Path, *, placement: Placement | None = None, extra: Iterab
 
 def is_orbax(path: Path) -> bool:
     """Whether a path is a folder that `save_pytree` has written."""
-    return _structure_file(pathlib.Path(path)).is_file()
+    return _structure_file(_folder(path)).is_file()
 
 
-def _structure_file(folder: pathlib.Path) -> pathlib.Path:
+def _folder(path: Path) -> epath.Path:
+    """An absolute path of the file system, or a bucket's."""
+    name = os.fspath(path)
+    return epath.Path(name if "://" in name else pathlib.Path(name).absolute())
+
+
+def _structure_file(folder: epath.Path) -> epath.Path:
     return folder / "structure" / "metadata"
 
 
-def _read_structure(folder: pathlib.Path) -> dict[str, Any]:
+def _read_structure(folder: epath.Path) -> dict[str, Any]:
     file = _structure_file(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; expected one that `save_pytree` has written.")
@@ -158,32 +200,56 @@ def _read_structure(folder: pathlib.Path) -> dict[str, Any]:
     return structure
 
 
-def _read_leaves(folder: pathlib.Path, stored: dict[str, Any], placement: Placement | None) -> dict[str, jax.Array]:
+def _read_leaves(folder: epath.Path, stored: dict[str, Any], place: Placement) -> dict[str, jax.Array]:
     if not stored:
         return {}
     if wide := [name for name, node in stored.items() if not _representable(jnp.dtype(node["dtype"]))]:
         raise CheckpointError(f"{folder}: leaf {wide[0]} is {stored[wide[0]]['dtype']}: set jax_enable_x64 to load it.")
-    one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-    def abstract(name: str, node: Any) -> jax.ShapeDtypeStruct:
-        leaf = jax.ShapeDtypeStruct(node["shape"], jnp.dtype(node["dtype"]))
-        usual = one_device.with_memory_kind(node["memory"]) if "memory" in node else one_device
-        return leaf.update(sharding=placement(name, leaf) if placement else usual)
-
+    leaves = {name: _abstract(node) for name, node in stored.items()}
+    wanted = {name: leaf.update(sharding=place(name, leaf)) for name, leaf in leaves.items()}
     try:
-        wanted = {name: abstract(name, node) for name, node in stored.items()}
         restore = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             values = checkpointer.restore(folder, ocp.args.Composite(leaves=restore))["leaves"]
     except Exception as error:  # Orbax and TensorStore raise bare Exceptions with pages of settings.
         reason = str(error).split(". See full", maxsplit=1)[0].split("\n", maxsplit=1)[0]
         raise CheckpointError(f"{folder}: leaves missing or corrupt: {reason}. Copy the folder again.") from error
-    for name, value in values.items():
-        expected = stored[name]["crc32"]
-        if expected is not None and value.is_fully_addressable and _crc32(value) != expected:
+    for name, sums in checksums(values).items():
+        if sums != tuple(stored[name]["sums"]):
             raise CheckpointError(f"{folder}: leaf {name} is corrupt: its checksum differs. Copy the folder again.")
     # Orbax puts arrays where they belong, but the types of those in the host's memory say the device's.
     return {name: jax.device_put(x, HOST) if _in_host_memory(x) else x for name, x in values.items()}
+
+
+def _abstract(node: dict[str, Any]) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a leaf, and where it goes if nobody says anything else."""
+    usual: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if jax.process_count() > 1:
+        everywhere = jax.sharding.Mesh(np.array(jax.devices()), ("devices",))
+        usual = jax.sharding.NamedSharding(everywhere, jax.sharding.PartitionSpec())
+    where = usual.with_memory_kind(node["memory"]) if "memory" in node else usual
+    return jax.ShapeDtypeStruct(tuple(node["shape"]), jnp.dtype(node["dtype"]), sharding=where)
+
+
+def _by_name(shardings: Any, folder: epath.Path) -> Placement:
+    """The placement that a tree of shardings means; that of leaves themselves for None."""
+    table = {
+        jax.tree_util.keystr(path, simple=True, separator="."): sharding
+        for path, sharding in jax.tree_util.tree_leaves_with_path(shardings)
+    }
+
+    def place(name: str, leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
+        if shardings is None:
+            assert leaf.sharding is not None
+            return leaf.sharding
+        if not isinstance(table.get(name), jax.sharding.Sharding):
+            raise CheckpointError(
+                f"{folder}: the placement has no sharding for leaf {name}. It has to be a tree like the saved one; "
+                "`abstract_pytree` gives that tree."
+            )
+        return table[name]
+
+    return place
 
 
 def _in_host_memory(x: jax.Array) -> bool:
@@ -239,9 +305,14 @@ def _encode_array(x: Any, name: str, leaves: dict[str, Any]) -> dict[str, Any]:
     if name in leaves:
         raise TypeError(f"Two leaves are called {name!r}: dict keys with dots in them are ambiguous; rename one.")
     leaves[name] = x
-    local = not isinstance(x, jax.Array) or x.is_fully_addressable
     memory = {"memory": x.sharding.memory_kind} if on_host(x) else {}  # Where it goes again when it is loaded.
-    return {"leaf": name, **described, **memory, "crc32": _crc32(x) if local else None}
+    return {"leaf": name, **described, **memory}
+
+
+def _writable(x: Any) -> Any:
+    """Orbax refuses arrays of one process among several, unless they are NumPy's."""
+    alone = jax.process_count() > 1 and isinstance(x, jax.Array) and x.is_fully_addressable
+    return np.asarray(x) if alone else x
 
 
 def _decode(node: Any, leaves: dict[str, jax.Array], extra: dict[str, Any]) -> Any:
@@ -258,7 +329,8 @@ def _decode(node: Any, leaves: dict[str, jax.Array], extra: dict[str, Any]) -> A
         case {"empty": {"shape": shape, "dtype": dtype}}:
             return jnp.zeros(shape, jnp.dtype(dtype))
         case {"random_key": implementation, "data": data}:
-            return jax.random.wrap_key_data(child(data), impl=implementation)
+            wrap, found = functools.partial(jax.random.wrap_key_data, impl=implementation), child(data)
+            return wrap(found) if isinstance(found, jax.Array) else jax.eval_shape(wrap, found)
         case {"tuple": children}:
             return tuple(child(value) for value in children)
         case {"list": children}:
@@ -315,10 +387,6 @@ def _resolve(name: str, extra: dict[str, Any]) -> Any:
 def _representable(dtype: Any) -> bool:
     """Whether JAX holds this dtype as it is: 64 bits only in x64 mode."""
     return jax.dtypes.canonicalize_dtype(dtype) == dtype
-
-
-def _crc32(x: Any) -> int:
-    return zlib.crc32(np.ascontiguousarray(np.asarray(x)).reshape(-1).view(np.uint8).data)
 
 
 def _versions() -> str:
