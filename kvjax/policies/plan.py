@@ -277,7 +277,7 @@ def _worst(plan: Plan) -> Plan:
 
 def abstract_cache(plan: Plan, config: Config, batch: int, dtype: Any) -> Cache:
     """The cache that a plan leads to, as shapes without data: what would it cost?"""
-    needs, length, dim = plan.policy.needs, plan.length, config.key_dim
+    needs, length, dim, policy = plan.policy.needs, plan.length, config.key_dim, plan.policy
 
     def seen(layer: int) -> Any:
         spec, pos = layer_spec(config, layer), jnp.zeros((batch, length), jnp.int32)
@@ -290,12 +290,12 @@ def abstract_cache(plan: Plan, config: Config, batch: int, dtype: Any) -> Cache:
         _, prompt, obs = observe(spec, new, dataclasses.replace(needs, tokenwise=()), jnp.int32(0))
         # These need trained parameters, which a plan has none of; their shape is known without.
         numbers = {number.name: jnp.zeros(k.shape[:3]) for number in needs.tokenwise}
-        return dataclasses.replace(prompt, tokenwise=numbers), obs
+        observed = (dataclasses.replace(prompt, tokenwise=numbers), obs)
+        slots = jnp.zeros((len(policy.stages), batch), jnp.int32)
+        return compress_layer(policy, spec, length, places[layer], observed, slots)
 
-    def cache() -> Cache:
-        lengths, last = jnp.full((batch,), length, jnp.int32), jnp.zeros((batch, config.hidden_size), dtype)
-        layers = tuple(seen(layer) for layer in range(config.num_layers))
-        observed = Observed(layers=layers, lengths=lengths, last=last, config=config, needs=needs)
-        return compress_decided(plan, plan.slots(lengths), observed)
-
-    return jax.eval_shape(cache)
+    places: dict[int, Place] = dict(zip(config.full_layers, plan.places, strict=True))
+    kinds = [(layer_spec(config, layer), places.get(layer)) for layer in range(config.num_layers)]
+    shapes = {kind: jax.eval_shape(functools.partial(seen, kinds.index(kind))) for kind in set(kinds)}
+    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    return jax.eval_shape(functools.partial(assemble, policy, config), [shapes[kind] for kind in kinds], lengths)
