@@ -43,7 +43,7 @@ def make_folder(folder: pathlib.Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / PARTIAL).touch()
-        (folder / PARTIAL).unlink()
+        (folder / PARTIAL).unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"Cannot write to the folder {folder}: {error.strerror}. Choose another (--out).") from None
 
@@ -77,8 +77,11 @@ def read_rows(folder: pathlib.Path, config: Mapping[str, Any], overwrite: bool =
 def write_rows(folder: pathlib.Path, rows: Sequence[Row]) -> None:
     """Replaces the file of rows at once: a reader sees the old rows or the new ones, whenever this process is killed.
 
-    A bucket that is mounted as a folder renames by a copy, which is as atomic, and a deletion.
+    A bucket that is mounted as a folder renames by a copy, which is as atomic, and a deletion. Of several processes,
+    which have the same rows and may share the folder, the first writes.
     """
+    if jax.process_index() > 0:
+        return
     partial = folder / PARTIAL
     try:
         with partial.open("w", encoding="utf-8") as file:
