@@ -23,10 +23,7 @@ UNLIMITED = 2**30
 
 def take_slots(leaf: Array, index: Array) -> Array:
     """leaf [B, H, S, ...] at slots index [B, 1 or H, N] -> [B, H, N, ...]; heads of one broadcast against many."""
-    heads = max(leaf.shape[1], index.shape[1])
-    leaf = jnp.broadcast_to(leaf, (leaf.shape[0], heads, *leaf.shape[2:]))
-    index = jnp.broadcast_to(index, (index.shape[0], heads, index.shape[2]))
-    return jnp.take_along_axis(leaf, index.reshape(index.shape + (1,) * (leaf.ndim - 3)), axis=2)
+    return write.gather(leaf, index)
 
 
 def put_slots(leaf: Array, index: Array, value: Array | float, *, whole: bool = False) -> Array:

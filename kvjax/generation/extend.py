@@ -10,6 +10,8 @@ from jax import Array, lax
 from jax.core import Tracer
 
 from kvjax.cache import EMPTY, Cache
+from kvjax.cache.spread import settled
+from kvjax.kernels.known import known
 from kvjax.models.config import Config
 from kvjax.models.transformer import Params, embed, run_layers, unembed
 from kvjax.policies.policy import Policy, attend_with
@@ -29,7 +31,8 @@ def hidden_states(
     pos = jnp.where(valid, cache.seen[:, None] + order, EMPTY)
     x, attend = embed(params, config, tokens), attend_with(policy)
     x, layers, shared = run_layers(params, config, x, pos, cache.layers, cache.shared, attend)
-    cache = dataclasses.replace(cache, layers=layers, shared=shared, seen=cache.seen + valid.sum(1, dtype=jnp.int32))
+    layers, seen = tuple(map(settled, layers)), cache.seen + valid.sum(1, dtype=jnp.int32)
+    cache = dataclasses.replace(cache, layers=layers, shared=shared, seen=seen)
     return x, cache if policy.transform is None else policy.transform.step(cache)
 
 
@@ -59,7 +62,7 @@ def with_room(cache: Cache, slots: int) -> Cache:
     """The same cache with room for `slots` more tokens, in multiples of `ROOM`. Under `jit` it is returned as it is."""
     if isinstance(cache.seen, Tracer):
         return cache
-    rooms: list[Any] = jax.device_get([layer.room for layer in cache.layers])
+    rooms: list[Any] = known([layer.room for layer in cache.layers])
     lacking = [0 if room is None else max(slots - int(room.min()), 0) for room in rooms]
     if not any(lacking):
         return cache

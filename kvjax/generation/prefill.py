@@ -18,7 +18,9 @@ from jax import Array
 from jax.core import Tracer
 
 from kvjax.cache import Cache, LayerSpec, Tokens, make_ring
+from kvjax.cache.spread import settled
 from kvjax.generation.chunked import prefill_in_chunks
+from kvjax.kernels import mesh
 from kvjax.kernels.prefill import BLOCK, causal_attention
 from kvjax.models.config import Config
 from kvjax.models.params import layer_params
@@ -87,7 +89,7 @@ def _sliding_layer(
             block=chunk.queries,
         )
         k, v, pos = new.k[:, :, :length], new.v[:, :, :length], new.pos[:, :length]
-        return out, make_ring(k, v, pos, spec.window, latent=spec.latent), shared
+        return out, settled(make_ring(k, v, pos, spec.window, latent=spec.latent).even()), shared
 
     return run_layer(weights, config, spec, x, pos, None, None, attend, chunk.rows)[:2]
 
@@ -153,6 +155,12 @@ def _lengths(tokens: Array, lengths: Array | None) -> Array:
     )
 
 
+def _divided_evenly(tokens: Array, lengths: Array | None) -> tuple[Array, Array | None]:
+    """Ids and lengths of prompts that are padded so that every device of the mesh in use gets two equal pieces."""
+    extra = mesh.even(tokens.shape[1], 1, 2 if mesh.axes_in_use() else 1) - tokens.shape[1]
+    return (jnp.pad(tokens, ((0, 0), (0, extra))), _lengths(tokens, lengths)) if extra else (tokens, lengths)
+
+
 def observe(
     params: Params,
     config: Config,
@@ -172,6 +180,7 @@ def observe(
     def keep(i: int, spec: LayerSpec, observed: Any, kept: Any) -> Any:
         return (*kept, observed)
 
+    tokens, lengths = _divided_evenly(tokens, lengths)
     x, rings, kept = _run(params, config, tokens, lengths, needs, Chunk.of(chunk), keep)
     rows, layers = _lengths(tokens, lengths), _with_rings(config, rings, kept)
     return Observed(layers=layers, lengths=rows, last=_last(x, rows), config=config, needs=needs)
@@ -198,6 +207,7 @@ def prefill_logits(
         last, cache = prefill_in_chunks(params, config, planned, tokens, rows)
         return _unembed(params, config, last), cache
     build = _fixed if planned.decided else _divided
+    tokens, lengths = _divided_evenly(tokens, lengths)
     x, cache = build(params, config, planned, tokens, lengths, rows, Chunk.of(chunk))
     return _unembed(params, config, _last(x, rows)), cache
 

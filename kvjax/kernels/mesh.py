@@ -2,7 +2,7 @@
 
 The mesh is the one that `jax.set_mesh` has set. Of its axes "data", "seq" and "model" are used: rows of a batch lie
 along "data"; KV heads along "model" where their number divides; slots along "seq", and along "model" besides where
-heads do not. So a cache is spread over all devices whatever its number of heads, and no device stores what another does.
+heads do not. So a cache is spread over all devices whatever its number of heads, and none stores what another does.
 
 XLA's partitioner places what is written in plain JAX. It does not look into a Pallas kernel, and it would collect a
 cache to loop over its blocks; what touches a cache therefore runs under `jax.shard_map`, by these rules.
@@ -10,13 +10,14 @@ cache to loop over its blocks; what touches a cache therefore runs under `jax.sh
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from kvjax.kernels.parts import NEG, Part
 
@@ -84,7 +85,7 @@ def spread(batch: int, heads: int, slots: Sequence[int] = ()) -> Spread:
     return spread_on(axes_in_use(), batch, heads, slots)
 
 
-def spread_on(sizes: dict[str, int], batch: int, heads: int, slots: Sequence[int] = ()) -> Spread:
+def spread_on(sizes: Mapping[str, int], batch: int, heads: int, slots: Sequence[int] = ()) -> Spread:
     """`spread` on a mesh with so many devices along each axis."""
 
     def divides(axes: Axes, number: int) -> bool:
@@ -109,6 +110,20 @@ def even(slots: int, heads: int, unit: int = 1) -> int:
     """So many slots, or a few more, so that each device gets equally many whole units of them."""
     whole = unit * shares(heads)
     return -(-slots // whole) * whole
+
+
+def alone() -> AbstractContextManager[Any]:
+    """Without a mesh: what is traced inside is as on one device."""
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
+
+
+def tokens_apart(x: Array) -> Array:
+    """x [B, T, ...] with rows along "data" and tokens along "seq" of the mesh in use, where they divide."""
+    sizes = axes_in_use()
+    if not sizes:
+        return x
+    along = [name if x.shape[i] % sizes.get(name, 1) == 0 else None for i, name in enumerate((DATA, SEQ))]
+    return lax.with_sharding_constraint(x, PartitionSpec(*(name if name in sizes else None for name in along)))
 
 
 def on_mesh(f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:

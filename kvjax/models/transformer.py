@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from kvjax.cache.types import EMPTY, LayerSpec, Tokens
+from kvjax.kernels.mesh import SEQ, axes_in_use, tokens_apart
 from kvjax.kernels.prefill import causal_attention
 from kvjax.models.config import Config, Rope
 from kvjax.models.params import layer_params, layer_runs
@@ -55,7 +56,7 @@ def layer_spec(config: Config, layer: int) -> LayerSpec:
 
 def embed(params: Params, config: Config, tokens: Array) -> Array:
     """Token ids [B, T] -> [B, T, hidden]."""
-    x = params["embed"][tokens]
+    x = tokens_apart(params["embed"][tokens])
     return x * jnp.asarray(config.embed_scale, x.dtype)
 
 
@@ -110,13 +111,16 @@ def mlp(weights: Params, config: Config, x: Array, rows: int = MLP_ROWS) -> Arra
         return (gate * (x @ weights["up_proj"])) @ weights["down_proj"]
 
     batch, length, hidden = x.shape
-    pieces = -(-batch * length // rows)
+    parts = axes_in_use().get(SEQ, 1)  # Every device takes pieces of its own tokens.
+    parts = parts if length % parts == 0 else 1
+    pieces = -(-batch * length // (parts * rows))
     if pieces == 1:
         return piece(x)
-    size = -(-length // pieces)
-    x = jnp.pad(x, ((0, 0), (0, pieces * size - length), (0, 0)))
-    out = lax.map(piece, jnp.swapaxes(x.reshape(batch, pieces, size, hidden), 0, 1))
-    return jnp.swapaxes(out, 0, 1).reshape(x.shape)[:, :length]
+    size = -(-length // (parts * pieces))
+    x = x.reshape(batch, parts, length // parts, hidden)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, pieces * size - x.shape[2]), (0, 0)))
+    out = lax.map(piece, jnp.moveaxis(x.reshape(batch, parts, pieces, size, hidden), 2, 0))
+    return jnp.moveaxis(out, 0, 2).reshape(x.shape)[:, :, : length // parts].reshape(batch, length, hidden)
 
 
 def run_layer(
@@ -139,7 +143,7 @@ def run_layer(
     with jax.named_scope("mlp"):
         out = mlp(weights, config, rms_norm(x, weights["mlp_norm"], config), rows)
         x = x + (rms_norm(out, weights["post_mlp_norm"], config) if config.post_norms else out)
-    return x, state, shared
+    return tokens_apart(x), state, shared
 
 
 def alike(states: Sequence[Any]) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from kvjax.cache import LayerSpec
+from kvjax.cache.spread import settled
 from kvjax.policies.budget import whole
 from kvjax.policies.observe import Observation, Prompt
 from kvjax.policies.policy import Place, Policy, PolicyError, reduce_before
@@ -106,4 +107,4 @@ def finish_layer(policy: Policy, spec: LayerSpec, place: Place, begun: tuple[Pro
     prompt, obs = begun
     about = Built(obs=obs, spec=spec, capacity=place.capacities[-1], role=place.role, bound=place.bound)
     layer = policy.stages[-1].build(prompt, about, slots, place.capacities[-1], policy.layout)
-    return policy.read.wrap(layer, about)
+    return settled(policy.read.wrap(layer, about).even())

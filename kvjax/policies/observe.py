@@ -15,6 +15,7 @@ from jax import Array
 
 from kvjax.cache import EMPTY, LayerSpec, Tokens
 from kvjax.cache.slots import take_slots
+from kvjax.kernels import mesh
 from kvjax.kernels.prefill import BLOCK, ColumnSums, Statistics, prefill_attention
 
 
@@ -92,7 +93,8 @@ class Prompt:
         return dataclasses.replace(taken, pos=jnp.where(valid, taken.pos, EMPTY))
 
     def first(self, length: int) -> "Prompt":
-        """The first `length` slots, for prompts that are padded beyond."""
+        """The first `length` slots, for prompts that are padded beyond; as many more as divide over a mesh."""
+        length = mesh.even(length, 1)
         return jax.tree.map(lambda leaf: leaf[:, :, :length], self)
 
 

@@ -13,7 +13,9 @@ import numpy as np
 from jax.core import Tracer
 
 from kvjax.cache import Cache, LayerSpec, Tokens, make_ring, tree_nbytes
+from kvjax.cache.spread import settled
 from kvjax.cache.types import static
+from kvjax.kernels import mesh
 from kvjax.models.config import Config
 from kvjax.models.transformer import layer_spec
 from kvjax.policies.budget import Budget
@@ -67,7 +69,8 @@ def plan(policy: Policy, config: Config, lengths: Any, dtype: Any) -> Plan:
     except ValueError as error:
         raise PolicyError(f"{policy}: {error}") from None
     if policy.stages and policy.stages[-1].budget.in_bytes:
-        policy = _in_tokens(policy, config, length, dtype)
+        with mesh.alone():  # The same tokens stay wherever they lie.
+            policy = _in_tokens(policy, config, length, dtype)
     per_stage = []
     for stage in policy.stages:
         slots = np.asarray(stage.slots(lengths, layers))
@@ -79,9 +82,9 @@ def plan(policy: Policy, config: Config, lengths: Any, dtype: Any) -> Plan:
                 f"{config.full_layers[layer]}, and the method needs at least {stage.least}. Give it more, or fewer "
                 "sinks and a smaller window."
             )
-        per_stage.append(slots.max(1))
+        per_stage.append([mesh.even(int(most), 1) for most in slots.max(1)])
     places = tuple(
-        Place(tuple(itertools.accumulate((int(slots[i]) for slots in per_stage), min)), policy.role(i, layers))
+        Place(tuple(itertools.accumulate((slots[i] for slots in per_stage), min)), policy.role(i, layers))
         for i in range(layers)
     )
     return Plan(policy, length, places, decided=not policy.divided)
@@ -166,7 +169,7 @@ def compress_layer(policy: Policy, spec: LayerSpec, length: int, place: Place, o
       slots: Tokens that each stage leaves in each row [stages, B] int32.
     """
     prompt, obs = observed
-    return make_layer(policy, spec, prompt.first(length), obs, slots, place)
+    return settled(make_layer(policy, spec, prompt.first(length), obs, slots, place).even())
 
 
 def assemble(policy: Policy, config: Config, layers: Any, lengths: jax.Array) -> Cache:
@@ -227,7 +230,9 @@ def start_division(plan: Plan, lengths: jax.Array) -> Division:
 def settle(plan: Plan, division: Division) -> tuple[Plan, jax.Array]:
     """The plan with the capacities of a division that has seen all layers, and the tokens that every row keeps."""
     places = tuple(
-        dataclasses.replace(place, capacities=(*place.capacities[:-1], division.capacity(i)), bound=division.bound(i))
+        dataclasses.replace(
+            place, capacities=(*place.capacities[:-1], mesh.even(division.capacity(i), 1)), bound=division.bound(i)
+        )
         for i, place in enumerate(plan.places)
     )
     slots = plan.slots(jnp.asarray(division.lengths)).at[:, -1].set(division.slots)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from kvjax.cache import EMPTY
+from kvjax.kernels.top import ordered, top_slots
 
 KEEP = jnp.inf  # Score of a token that must stay; empty slots score -inf.
 
@@ -37,12 +38,6 @@ class Select(Protocol):
         ...
 
 
-def ordered(index: Array, valid: Array, slots: int) -> tuple[Array, Array]:
-    """Sorts chosen indices, those that do not count last; and says which count."""
-    index = jnp.sort(jnp.where(valid, index, slots), axis=-1)
-    return jnp.minimum(index, slots - 1), index < slots
-
-
 @dataclasses.dataclass(frozen=True)
 class TopTokens:
     """The tokens with the highest scores; of equal ones the earliest."""
@@ -51,9 +46,7 @@ class TopTokens:
     ragged = False
 
     def __call__(self, scores: Array, slots: Array, capacity: int) -> tuple[Array, Array]:
-        best, index = lax.top_k(scores, min(capacity, scores.shape[-1]))  # A stage before may have left fewer.
-        valid = (jnp.arange(best.shape[-1]) < slots[:, None, None]) & (best > -jnp.inf)
-        return ordered(index, valid, scores.shape[-1])
+        return top_slots(scores, slots, min(capacity, scores.shape[-1]))  # A stage before may have left fewer.
 
 
 @dataclasses.dataclass(frozen=True)

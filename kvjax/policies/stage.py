@@ -331,7 +331,8 @@ class Ring(Stage):
 
     def build(self, prompt: Prompt, about: Built, slots: Array, capacity: int, store: Store) -> Slots:
         codec = store.codec  # type: ignore[attr-defined]  Rings compose with slotwise stores alone.
-        limit = None if self.budget.tokens is not None else slots
+        fixed = self.budget.tokens is not None and capacity <= self.budget.tokens
+        limit = None if fixed else slots
         pos = prompt.pos[:, 0]
         return make_ring(
             prompt.k,

@@ -1,4 +1,5 @@
-"""Where every array lies: one table from a model's and a cache's arrays to logical axes, one from these to the mesh.
+"""Where every array lies: a table from a model's parameters, and one from a cache's arrays (`cache.spread`), to logical
+axes, and from these to the mesh.
 
     rows of a batch    "data"
     KV heads           "model", where their number divides
@@ -16,54 +17,14 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvjax.cache import Cache
-from kvjax.kernels.mesh import DATA, MODEL, SEQ, Spread, spread_on
+from kvjax.cache.spread import cache_specs
+from kvjax.kernels.mesh import DATA, MODEL, SEQ
 from kvjax.models.config import Config
 from kvjax.models.params import AXES as PARAM_AXES
 from kvjax.sharding.mesh import MeshError
 
 # Of a parameter's logical axes (`models.params.AXES`), those that lie along "model".
 MODEL_AXES = ("heads", "kv_heads", "query_heads", "mlp", "vocab")
-
-ROW, HEAD, SLOT = ("batch",), ("batch", "heads"), ("batch", "heads", "slots")
-# Of every class that a cache is made of: the logical axes of its arrays, leading ones first. Fields that are missing
-# here hold other such classes.
-CACHE_AXES: dict[str, dict[str, tuple[str, ...]]] = {
-    "Slots": {"k": SLOT, "v": SLOT, "pos": SLOT, "marks": SLOT, "limit": ROW, "memo": ROW},
-    "GroupedSlots": {"k": SLOT, "v": SLOT, "k_recent": HEAD, "v_recent": HEAD, "order": HEAD},
-    "Pages": {
-        "k": ("batch", "slots"),
-        "v": ("batch", "slots"),
-        "page_pos": ("batch", "slots"),
-        "owner": ROW,
-        "k_tail": HEAD,
-        "v_tail": HEAD,
-        "tail_pos": HEAD,
-    },
-    "GearSlots": {"k_buffer": HEAD, "v_buffer": HEAD, "pos": HEAD},
-    "Blocks": {
-        "packed": SLOT,
-        "outliers": HEAD,
-        "index": HEAD,
-        "left": ("batch", "heads", "", "slots"),
-        "right": HEAD,
-    },
-    "Paired": {"pos": SLOT, "new_pos": HEAD},
-    "Own": {"norm": SLOT, "kept": HEAD, "new": HEAD},
-    "Store": {"k": SLOT, "v": SLOT, "k_slot": HEAD, "v_slot": HEAD},
-    "BoundedPages": {"low": SLOT, "high": SLOT},
-    "FarChunks": {
-        "u": ROW,
-        "basis": HEAD,
-        "v": HEAD,
-        "landmarks": HEAD,
-        "chunks": HEAD,
-        "where": HEAD,
-        "reads": ROW,
-        "length": ROW,
-    },
-    "Balance": {"factor": HEAD},
-    "Channels": {"index": HEAD},
-}
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:
@@ -106,53 +67,12 @@ def param_shardings(params: Any, config: Config, mesh: Mesh) -> Any:
 def cache_shardings(cache: Cache, mesh: Mesh) -> Any:
     """Where each array of a cache lies: the same pytree, of `NamedSharding`. Arrays in the host's memory stay there."""
     sizes = {name: mesh.shape[name] for name in (DATA, SEQ, MODEL) if mesh.shape.get(name, 1) > 1}
-    rows = spread_on(sizes, cache.batch_size, 1)
-    specs = dataclasses.replace(
-        jax.tree.map(lambda leaf: rows.spec(leaf.shape, *ROW), cache),
-        layers=tuple(_layer_specs(layer, sizes) for layer in cache.layers),
-    )
-    if dataclasses.is_dataclass(cache.shared):
-        specs = dataclasses.replace(specs, shared=_layer_specs(cache.shared, sizes))
 
     def place(leaf: Any, spec: PartitionSpec) -> NamedSharding:
         memory = getattr(getattr(leaf, "sharding", None), "memory_kind", None)
         return NamedSharding(mesh, spec, memory_kind=memory)
 
-    return jax.tree.map(place, cache, specs)
-
-
-def _layer_specs(layer: Any, sizes: dict[str, int]) -> Any:
-    """Where the arrays of a layer, or of a part of one, lie: the same pytree, of `PartitionSpec`."""
-    axes = CACHE_AXES.get(type(layer).__name__, {})
-    mine = _spread(layer, axes, sizes)
-
-    def place(value: Any) -> Any:
-        if isinstance(value, tuple | list):
-            return type(value)(place(item) for item in value)
-        if dataclasses.is_dataclass(value):
-            return _layer_specs(value, sizes)
-        if value is None:
-            return None
-        raise MeshError(
-            f"{type(layer).__name__} holds a {type(value).__name__} of which CACHE_AXES does not say where it lies."
-        )
-
-    fields = [field.name for field in dataclasses.fields(layer) if not field.metadata.get("static")]
-    specs = {
-        name: mine.specs(getattr(layer, name), *axes[name]) if name in axes else place(getattr(layer, name))
-        for name in fields
-    }
-    return dataclasses.replace(layer, **specs)
-
-
-def _spread(layer: Any, axes: dict[str, tuple[str, ...]], sizes: dict[str, int]) -> Spread:
-    """How a layer lies: all its arrays alike, on as many devices as divide each."""
-    arrays = [(leaf, axes[name]) for name in axes for leaf in jax.tree.leaves(getattr(layer, name))]
-    if not arrays:
-        return Spread()
-    heads = [leaf.shape[names.index("heads")] for leaf, names in arrays if "heads" in names]
-    slots = [leaf.shape[names.index("slots")] for leaf, names in arrays if "slots" in names]
-    return spread_on(sizes, arrays[0][0].shape[0], max(heads, default=1), slots or [1])
+    return jax.tree.map(place, cache, cache_specs(cache, sizes))
 
 
 def shard_params(params: Any, config: Config, mesh: Mesh) -> Any:

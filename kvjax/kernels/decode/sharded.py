@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from kvjax.kernels.decode.request import Request
 from kvjax.kernels.mesh import Spread, axes_in_use, merge_shards, on_mesh, spread
-from kvjax.kernels.parts import NEG, Part
+from kvjax.kernels.parts import Part
 
 
 def where(request: Request) -> Spread | None:
@@ -65,6 +65,4 @@ def _specs(request: Request, mine: Spread) -> Request:
     axes = {"k": stored, "v": stored, "pos": stored, "q_pos": ("batch",), "bias": ("batch", "heads", "", "slots")}
     named = {field.name: axes.get(field.name, ("batch", "heads")) for field in dataclasses.fields(request)}
     arrays = ("q", "k", "v", "lengths", "q_pos", "pos", "bias", "tail")
-    return dataclasses.replace(
-        request, **{name: mine.specs(getattr(request, name), *named[name]) for name in arrays}
-    )
+    return dataclasses.replace(request, **{name: mine.specs(getattr(request, name), *named[name]) for name in arrays})

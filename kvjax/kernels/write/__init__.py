@@ -21,9 +21,7 @@ PALLAS = ("tpu",)
 T = TypeVar("T")
 
 
-def put(
-    leaves: Any, slot: Array, values: Any, *, whole: bool = False, implementation: Implementation = "auto"
-) -> Any:
+def put(leaves: Any, slot: Array, values: Any, *, whole: bool = False, implementation: Implementation = "auto") -> Any:
     """Writes T tokens into their slots: in place where the leaves are donated or not used again.
 
     Args:
@@ -73,6 +71,22 @@ def take(leaves: Any, slot: Array, *, whole: bool = False, implementation: Imple
     if name in ("xla", "reference"):
         return reference.take(leaves, slot)
     return _module(name).take(leaves, slot, interpret=choose.interpreted(name))
+
+
+def gather(leaf: Array, index: Array) -> Array:
+    """Any number of tokens from their slots: leaf [B, H or 1, S, ...] at index [B, H or 1, N] -> [B, H or 1, N, ...].
+
+    On a mesh every device gets all of few tokens; more than a device has slots are spread as the slots are.
+    """
+    heads = max(leaf.shape[1], index.shape[1])
+    leaf = jnp.broadcast_to(leaf, (leaf.shape[0], heads, *leaf.shape[2:]))
+    index = jnp.broadcast_to(index, (index.shape[0], heads, index.shape[2]))
+    mine = sharded.where(leaf, whole=False)
+    if mine is None or not mine.slots:
+        return jnp.take_along_axis(leaf, index.reshape(index.shape + (1,) * (leaf.ndim - 3)), axis=2)
+    if index.shape[2] * mine.devices(mine.slots) <= leaf.shape[2]:
+        return sharded.take(leaf, index, mine, reference.take)
+    return sharded.gather(leaf, index, mine)
 
 
 def put_block(leaves: Any, start: Any, values: Any) -> Any:

@@ -63,6 +63,37 @@ def take(leaves: Any, slot: Any, mine: Spread, read: Callable[[Any, Any], Any]) 
     return on_mesh(local, in_specs, out_specs)(leaves, slot)
 
 
+def gather(leaf: Array, index: Array, mine: Spread) -> Array:
+    """leaf [B, H, S, ...] at slots index [B, H, N], all within, spread over the devices as slots are: [B, H, N, ...].
+
+    What a device is to hold goes around the ring of all devices, each of which fills in what it has: that takes twice
+    the memory of the result and, per device, as much traffic as all of the result, never the leaf.
+    """
+    parts = mine.devices(mine.slots)
+    number = index.shape[2]
+    index = jnp.pad(index, ((0, 0), (0, 0), (0, -number % parts)))
+    share = index.shape[2] // parts
+    following = [(i, (i + 1) % parts) for i in range(parts)]
+
+    def local(leaf: Array, index: Array) -> Array:
+        here = lax.axis_index(mine.slots)
+
+        def step(i: Array, held: Array) -> Array:
+            whose = (here - i) % parts
+            slot = lax.dynamic_slice_in_dim(index, whose * share, share, 2) - mine.first(leaf.shape[2])
+            own = (slot >= 0) & (slot < leaf.shape[2])
+            wide = lambda x: x.reshape(x.shape + (1,) * (leaf.ndim - 3))  # noqa: E731
+            taken = jnp.take_along_axis(leaf, wide(slot.clip(0, leaf.shape[2] - 1)), axis=2)
+            return lax.ppermute(jnp.where(wide(own), taken, held), mine.slots, following)
+
+        nothing = jnp.zeros((*leaf.shape[:2], share, *leaf.shape[3:]), leaf.dtype)
+        return lax.fori_loop(0, parts, step, nothing)
+
+    shape = (*leaf.shape[:2], index.shape[2])
+    specs = (mine.spec(leaf.shape, *STORED), mine.spec(index.shape, "batch", "heads"))
+    return on_mesh(local, specs, mine.spec(shape, *STORED))(leaf, index)[:, :, :number]
+
+
 def _own(leaves: Any, slot: Any, mine: Spread) -> Any:
     """Slots as one device numbers them."""
     if not mine.slots:
