@@ -1,4 +1,7 @@
-"""Attention of a prompt, or of a chunk of one, over itself and what came before; and what can be seen of it."""
+"""Attention of a prompt, or of a chunk of one, over itself and what came before; and what can be seen of it.
+
+Where the tokens of a prompt lie on several devices of the mesh in use, keys go around among them (`ring`).
+"""
 
 import functools
 import importlib
@@ -11,7 +14,7 @@ from jax import Array
 
 from kvjax.kernels import choose
 from kvjax.kernels.choose import Choice, Implementation
-from kvjax.kernels.prefill import reference, xla
+from kvjax.kernels.prefill import pieces, reference, ring, xla
 from kvjax.kernels.prefill.request import Past as Past, Prefill as Prefill, Request as Request, make_request
 from kvjax.kernels.prefill.statistics import ColumnSums as ColumnSums, Statistics as Statistics
 from kvjax.kernels.prefill.xla import BLOCK as BLOCK
@@ -61,6 +64,9 @@ def prefill_attention(
     request = make_request(
         q, k, v, pos, scale=scale, window=window, softcap=softcap, segments=segments, past=past, statistics=statistics
     )
+    mine = ring.where(request)
+    if mine is not None:
+        return ring.prefill(request, mine, lambda own: _local(own, implementation, block))
     name = explain(request, implementation).implementation
     if name == "reference":
         return reference.prefill(request)
@@ -97,6 +103,13 @@ def causal_attention(
         q, k, v, pos, scale=scale, window=window, softcap=softcap, statistics=statistics, block=block
     )
     return seen.out, seen.column_sums[0] if column_sums else None
+
+
+def _local(request: Request, implementation: Implementation, block: int | None) -> ring.Local:
+    """How one device of several does its part of a request."""
+    if explain(request, implementation).implementation == "tpu":
+        return _module("tpu").local(request, interpret=choose.interpreted("tpu"))
+    return pieces.local(request, block)
 
 
 def _module(name: str) -> Any:

@@ -25,6 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kvjax.kernels.parts import NEG, Part, merge
 from kvjax.kernels.prefill.blocks import Tables, Tiles, make_tables, pad
 from kvjax.kernels.prefill.request import Prefill, Request
+from kvjax.kernels.prefill.ring import Found, Keys as Piece, Local, Rows
 from kvjax.kernels.prefill.statistics import normalize, query_weights
 from kvjax.kernels.prefill.xla import window_weights
 
@@ -109,6 +110,34 @@ def prefill(request: Request, *, block: int | None = None, keys: int = KEYS, int
         column_sums=_column_sums(request, q, low, high, part.lse, stores, block, keys, interpret),
         window=window_weights(request) if asked.window else None,
     )
+
+
+def local(request: Request, *, block: int | None = None, keys: int = KEYS, interpret: Any = False) -> Local:
+    """One device's part of ring attention: the same kernels, over keys that stand anywhere."""
+    asked = request.statistics
+
+    def store(piece: Piece) -> Keys:
+        wide = max(piece.place.shape[1], LANES)
+        return Keys(pad(piece.k, 2, wide, 0), pad(piece.v, 2, wide, 0), pad(piece.place[:, None], 2, wide, -1), 0)
+
+    def queries(rows: Rows) -> tuple[Array, Array, Array]:
+        wide = max(rows.low.shape[1], LANES)
+        return pad(rows.q, 3, wide, 0), pad(rows.low, 1, wide, 0), pad(rows.high, 1, wide, -1)
+
+    def attend(rows: Rows, piece: Piece) -> Found:
+        softcap, length = request.softcap, rows.low.shape[1]
+        part, mean = _flash(*queries(rows), softcap, asked.entropy, jnp.float32, block, keys, interpret, store(piece))
+        cut = lambda x: x[:, :, :, :length]  # noqa: E731
+        return Found(cut(part.out), cut(part.lse), None if mean is None else cut(mean))
+
+    def columns(rows: Rows, lse: Array, piece: Piece) -> Array:
+        q, low, high = queries(rows)
+        lse, counts = pad(lse, 3, q.shape[3], 0), pad(rows.counts, 2, q.shape[3], 0)
+        plain = tuple(sums.plain for sums in asked.column_sums)
+        softcap, slots = request.softcap, piece.place.shape[1]
+        return _columns(q, low, high, lse, counts, plain, softcap, block, keys, interpret, store(piece))[..., :slots]
+
+    return Local(attend, columns)
 
 
 def _column_sums(
