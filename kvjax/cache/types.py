@@ -14,6 +14,7 @@ from jax import Array
 
 from kvjax.cache.host import take_rows
 from kvjax.kernels.choose import Implementation
+from kvjax.kernels.known import known
 from kvjax.kernels.vectors import static as static
 
 EMPTY = -1  # The position of a slot, or of a padding token, that holds nothing.
@@ -104,7 +105,7 @@ class Cache:
         """Bytes of an uncompressed bfloat16 cache of the same tokens: sliding layers hold their window."""
         c = self.config
         per_token = c.num_kv_heads * c.head_dim * 2 * 2
-        seen = jax.device_get(self.seen)
+        seen = known(self.seen)
         held = [seen.clip(max=c.sliding_window) if kind == "sliding" else seen for kind in c.layer_types]
         return int(sum(h.sum() for h in held)) * per_token
 
@@ -116,7 +117,7 @@ class Cache:
     @property
     def room(self) -> int | None:
         """Tokens that still fit in every row, None if without bound. Needs concrete arrays."""
-        rooms = [int(layer.room.min()) for layer in self.layers if layer.room is not None]
+        rooms = [int(known(layer.room).min()) for layer in self.layers if layer.room is not None]
         return min(rooms) if rooms else None
 
     def reserve(self, slots: int) -> "Cache":
