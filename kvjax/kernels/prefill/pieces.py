@@ -87,7 +87,8 @@ def _in_blocks(f: Any, rows: Any, size: int, *, summed: bool = False) -> Any:
     def apart(x: Array, axis: int, fill: int) -> Array:
         widths = [(0, -length % size if i == axis else 0) for i in range(x.ndim)]
         x = jnp.pad(x, widths, constant_values=fill)
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
+        blocks = x.shape[axis] // size  # Said, because another axis may be empty.
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, size, *x.shape[axis + 1 :]), axis, 0)
 
     blocks: Any = Rows(
         apart(queries.q, 3, 0), apart(queries.low, 1, 0), apart(queries.high, 1, -1), apart(queries.counts, 2, 0)
@@ -103,5 +104,5 @@ def _in_blocks(f: Any, rows: Any, size: int, *, summed: bool = False) -> Any:
 def _together(x: Array, axis: int, length: int) -> Array:
     """[blocks, ..., size, ...] -> [..., length, ...] with the axis that was cut."""
     x = jnp.moveaxis(x, 0, axis)
-    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    x = x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
     return lax.slice_in_dim(x, 0, length, axis=axis)
