@@ -1,4 +1,4 @@
-"""The command line: `kvjax compare | eval | generate | bench | bench kernels | methods`.
+"""The command line: `kvjax compare | eval | generate | bench | bench kernels | plan | methods`.
 
 Results go to stdout, progress and remarks to stderr. What the user got wrong is one line, `error: ...`, and exit code
 2, before anything is computed where it can be known before.
@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+
+from kvjax.commands.common import console, notes, print_wide, user_errors
+from kvjax.commands.plan import plan
 
 if TYPE_CHECKING:
     from kvjax.evaluation import Task
@@ -31,7 +33,6 @@ POLICIES = (
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
-console, notes = Console(), Console(stderr=True)
 
 
 class Protocol(enum.StrEnum):
@@ -88,17 +89,6 @@ def _about() -> None:
 
     Start with `kvjax compare`: ten policies on Gemma 3 270M, in a few minutes on a laptop.
     """
-
-
-@contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Says in one line what is wrong with the input. Around checks and loading only: bugs keep their traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:  # PolicyError and CheckpointError are ValueErrors.
-        message = " ".join(str(error).split())
-        notes.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
 
 
 # compare, eval
@@ -323,16 +313,10 @@ def _report(ran: list[_Ran], as_json: bool) -> None:
         plot(summaries, picture, heading)
         printed.append({"title": heading, "summary": summaries, "results": str(file), "plot": str(picture)})
         if not as_json:
-            _print_wide(table(summaries, heading))
+            print_wide(table(summaries, heading))
             console.print(f"\n{file}   {picture}\n", style="dim", highlight=False, soft_wrap=True)
     if as_json:
         print(json.dumps(printed[0] if len(printed) == 1 else printed, indent=1))
-
-
-def _print_wide(table: Any) -> None:
-    """Never cuts a table: where the terminal is too narrow, or output goes to a file, lines are as long as they are."""
-    width = Console(width=10**4).measure(table).maximum
-    Console(width=max(console.width, width)).print(table)
 
 
 # generate
@@ -492,7 +476,7 @@ def bench(
         print(json.dumps(rows, indent=1))
     else:
         heading = f"{pathlib.PurePath(model).name} ({loaded.params['embed'].dtype}) · batch {batch}"
-        _print_wide(bench_table(rows, heading))
+        print_wide(bench_table(rows, heading))
 
 
 def _refuse_options(call: typer.Context) -> None:
@@ -568,12 +552,14 @@ def bench_kernels(
     heading = (
         f"{device} · a copy moves {bandwidth / 1e9:.1f} GB/s · {heads} KV heads, {group} queries each, {dim} channels"
     )
-    _print_wide(kernels.kernel_table(rows, heading))
+    print_wide(kernels.kernel_table(rows, heading))
     for reason in kernels.reasons(rows):
         console.print(reason, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
-# methods
+# plan, methods
+
+app.command()(plan)
 
 
 @app.command()

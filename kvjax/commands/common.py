@@ -1,0 +1,44 @@
+"""What all commands do alike: results to stdout, remarks to stderr, mistakes in one line, files as a whole."""
+
+import contextlib
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+from rich.console import Console
+
+console, notes = Console(), Console(stderr=True)
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Says in one line what is wrong with the input. Around checks and loading only: bugs keep their traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:  # PolicyError and CheckpointError are ValueErrors.
+        message = " ".join(str(error).split())
+        notes.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+def print_wide(table: Any) -> None:
+    """Never cuts a table: where the terminal is too narrow, or output goes to a file, lines are as long as they are."""
+    width = Console(width=10**4).measure(table).maximum
+    Console(width=max(console.width, width)).print(table)
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Replaces a file at once: who reads it finds the old text or the new one."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        partial = pathlib.Path(file.name)
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
