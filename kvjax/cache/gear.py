@@ -338,7 +338,7 @@ class GearSlots(Layer):
             self,
             k_buffer=put_slots(self.k_buffer, slot, k, whole=True),
             v_buffer=put_slots(self.v_buffer, slot, v, whole=True),
-            pos=put_slots(self.pos, place, position),
+            pos=put_slots(self.pos, place, position, whole=True),
         )
         if not self.blocks:
             return layer
@@ -358,9 +358,9 @@ class GearSlots(Layer):
         )
         offset = jnp.arange(size, dtype=jnp.int32)
         target = jnp.where(full[:, None], self.first + block[:, None] * size + offset, total)[:, None]
-        pos = put_slots(self.pos, target, self.pos[..., -size:])
+        pos = put_slots(self.pos, target, self.pos[..., -size:], whole=True)
         source = jnp.where(full[:, None], total - size + offset, total)[:, None]
-        return dataclasses.replace(self, k=k, v=v, pos=put_slots(pos, source, EMPTY))
+        return dataclasses.replace(self, k=k, v=v, pos=put_slots(pos, source, EMPTY, whole=True))
 
     def _starts(self) -> tuple[Array, Array]:
         """Of the power iterations for later blocks."""

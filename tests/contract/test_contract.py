@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import kvjax
 from kvjax.cache import EMPTY, ByHead, Demoting, GearSlots, GroupedSlots, Pages, Slots, Through, Tokens
@@ -23,7 +22,6 @@ from kvjax.cache.types import tree_nbytes
 from kvjax.checkpoints.orbax import load_cache, save_cache
 from kvjax.generation.extend import extend_hidden
 from kvjax.generation.prefill import _compress_layer, next_logits
-from kvjax.models.params import AXES
 from kvjax.policies.store import Paged
 from tests import tiny
 from tests.tiny import (
@@ -58,6 +56,7 @@ BUDGETED = [name for name, method in kvjax.methods().items() if "budget" in meth
 CHUNK = 4  # Of small policies that keep chunks.
 EVERYTHING = 4096  # Tokens: more than there ever are.
 ROWS = len(LENGTHS)
+ALONE = TOKENS[1:2, : LENGTHS[1]]  # A row without neighbours and padding.
 ONE_CODE = 2.0  # In other shapes a last bit may differ, and with it the code of a number that lies between two.
 EXACT = 2e-5  # Of float32 logits around 1: another order of the same sums.
 VALID = np.arange(QUESTION.shape[1]) < QUESTION_LENGTHS[:, None]
@@ -81,6 +80,7 @@ def extended(policy: kvjax.Policy):
 
 
 def ask(policy: kvjax.Policy, cache: kvjax.Cache, question=QUESTION, lengths=QUESTION_LENGTHS):
+    cache = jax.device_put(cache, jax.devices()[0])  # As caches from the disk are: all share a compilation.
     logits, cache = kvjax.extend(tiny.trained(), CONFIG, policy, cache, question, lengths)
     return np.asarray(logits), cache
 
@@ -178,9 +178,9 @@ def test_never_more_slots_than_asked(name, budget):
 
 @pytest.mark.parametrize("name", BUDGETED)
 def test_never_more_bytes_than_asked(name):
-    full = kvjax.prefill(tiny.trained(), CONFIG, kvjax.policy("full"), TOKENS[:1])
+    full = kvjax.prefill(tiny.trained(), CONFIG, kvjax.policy("full"), ALONE)
     budget = kvjax.Budget(bytes=int(full.nbytes * 0.6))
-    cache = kvjax.prefill(tiny.trained(), CONFIG, small(name, budget=budget), TOKENS[:1])
+    cache = kvjax.prefill(tiny.trained(), CONFIG, small(name, budget=budget), ALONE)
     slot = 2 * 2 * 16 * 4 + 4 * 3  # One more token in one layer: keys and values of two heads, and its bookkeeping.
     # Tokens that come or go together: a chunk, or a page that any head may fill.
     chunk = {"chunkkv": CHUNK, "adakv": Paged().page // CONFIG.num_kv_heads}.get(name, 1)
@@ -292,8 +292,7 @@ def test_rows_do_not_see_neighbours_order_or_padding(policy):
 
 def test_a_row_alone_without_padding(policy):
     row = 1
-    tokens = TOKENS[row : row + 1, : LENGTHS[row]]
-    logits, cache = kvjax.prefill_logits(tiny.trained(), CONFIG, policy, tokens)
+    logits, cache = kvjax.prefill_logits(tiny.trained(), CONFIG, policy, ALONE)
     want_logits, want = prefilled(policy)
     assert kept(cache, 0) == kept(want, row)
     np.testing.assert_allclose(logits[0], want_logits[row], atol=EXACT)
@@ -502,56 +501,7 @@ def test_unused_slots_may_hold_anything(policy):
     np.testing.assert_allclose(found[VALID], ask(policy, clean)[0][VALID], atol=EXACT)
 
 
-# --- 6. Sharded ------------------------------------------------------------------------------------------------------
-
-
-def spread(cache: kvjax.Cache, mesh: Mesh, **axes: int) -> kvjax.Cache:
-    """The cache over a mesh: name of a mesh axis -> axis of the leaves that lies along it, where that divides."""
-
-    def place(leaf):
-        spec: list[str | None] = [None] * leaf.ndim
-        for name, axis in axes.items():
-            if axis < leaf.ndim and leaf.shape[axis] % mesh.shape[name] == 0:
-                spec[axis] = name
-        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
-
-    return jax.tree.map(place, cache)
-
-
-def spread_params(mesh: Mesh):
-    """Query and KV heads, and the columns of the MLP, over the mesh's "heads"."""
-    axis = {"heads": "heads", "kv_heads": "heads", "mlp": "heads"}
-
-    def place(path, leaf):
-        logical = AXES.get(path[-1].key, ())  # What methods have trained is everywhere.
-        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*(axis.get(name) for name in logical))))
-
-    return jax.tree_util.tree_map_with_path(place, tiny.trained())
-
-
-def decoding(policy: kvjax.Policy):
-    """What of a policy matters once the prompt is compressed: policies that agree here decode alike."""
-    stage = policy.stages[-1] if policy.stages else None
-    acting = stage if stage is not None and stage.phase.when == "step" else None
-    return policy.store, policy.read, policy.transform, acting
-
-
-DECODED = list({decoding(policy_of(name)): name for name in reversed(NAMES)}.values())
-
-
-@pytest.mark.parametrize("name", DECODED)
-def test_sharded(name):
-    """Over batch, heads and the sequence at once; XLA's partitioner does the rest."""
-    policy = policy_of(name)
-    axes = ("batch", "heads", "slots")
-    mesh = jax.make_mesh((2, 2, 2), axes, axis_types=(AxisType.Auto,) * 3)
-    cache = spread(prefilled(policy)[1].reserve(64), mesh, batch=0, heads=1, slots=2)
-    assert max(len(leaf.sharding.device_set) for leaf in jax.tree.leaves(cache)) == 8
-    logits, after = kvjax.extend(spread_params(mesh), CONFIG, policy, cache, QUESTION, QUESTION_LENGTHS)
-    want, want_after = extended(policy)
-    np.testing.assert_allclose(np.asarray(logits)[VALID], want[VALID], atol=50 * EXACT if stored(policy) else EXACT)
-    for row in range(ROWS):
-        assert kept(after, row) == kept(want_after, row)
+# --- 6. Sharded: tests/sharding -------------------------------------------------------------------------------------
 
 
 # --- 7. Round trip ---------------------------------------------------------------------------------------------------
