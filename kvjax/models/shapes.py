@@ -31,7 +31,7 @@ def model_config(name_or_path: str | os.PathLike[str]) -> Config:
     """The architecture of a model.
 
     Args:
-      name_or_path: One of `model_names`, a YAML or JSON file with the settings of a Hugging Face `config.json`, or a
+      name_or_path: One of `model_names` (capitals, hyphens and points do not matter), a YAML or JSON file with the settings of a Hugging Face `config.json`, or a
         folder that has one.
 
     Raises:
@@ -40,14 +40,20 @@ def model_config(name_or_path: str | os.PathLike[str]) -> Config:
     name, path = os.fspath(name_or_path), pathlib.Path(name_or_path).expanduser()
     if path.suffix in (".yaml", ".yml", ".json") or path.is_dir():
         return _read(path / "config.json" if path.is_dir() else path)
-    if name in model_names():
-        return _read(_folder() / f"{name}.yaml")
+    same = [known for known in model_names() if _letters(known) == _letters(name)]
+    if same:
+        return _read(_folder() / f"{same[0]}.yaml")
     near = difflib.get_close_matches(name.lower(), model_names(), cutoff=0.4)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     raise ValueError(
         f"No model called {name!r} is known.{hint} Known are {', '.join(model_names())}; or give a file with the "
         "settings of a config.json."
     )
+
+
+def _letters(name: str) -> str:
+    """A name as one hears it: "Llama-3.1-8B" is "llama318b"."""
+    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 @functools.cache

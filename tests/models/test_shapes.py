@@ -101,3 +101,7 @@ def test_an_installed_package_has_them():
     (source, target), *others = included["force-include"].items()
     assert not others and list((ROOT / source).glob("*.yaml"))
     assert ROOT / target == shapes._PACKAGE / "configs" / "models"
+
+
+def test_a_name_is_known_however_it_is_spelled():
+    assert model_config("Llama-3.1-8B") == model_config("llama-3.1-8b") == model_config("llama3.1-8b")
