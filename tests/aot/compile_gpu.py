@@ -1,5 +1,5 @@
-"""Compiles the decode kernel for an H200, which need not be there: `python -m tests.aot.compile_gpu`, or only some
-cases: `... KIVI`.
+"""Compiles the kernels of decode and paged attention for an H200, which need not be there:
+`python -m tests.aot.compile_gpu`, or only some cases: `... KIVI`.
 
 Prints one line of JSON for every case: its name and either an error or the registers, spilled bytes and shared memory
 that it takes, and what XLA does to the cache before the kernel may read it.
@@ -17,7 +17,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvjax.kernels.decode import Request, gpu
-from tests.aot.compile_tpu import relayouts, request, size_of
+from kvjax.kernels.paged import PagedRequest, gpu as paged
+from tests.aot.compile_tpu import paged_request, relayouts, request, size_of
 
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
 TARGET = Path(__file__).parent / "h200.textproto"
@@ -34,7 +35,11 @@ KINDS = {
 }
 
 
-def cases() -> dict[str, Request]:
+def cases() -> dict[str, Request | PagedRequest]:
+    return decode_cases() | paged_cases()
+
+
+def decode_cases() -> dict[str, Request]:
     kinds = {f"{name}, D = {d}": request(*kind, d=d, s=SLOTS) for name, kind in KINDS.items() for d in (64, 128, 256)}
     some = {
         "2-bit, one scale per token": request("2 token 128", d=128, s=SLOTS),
@@ -44,7 +49,30 @@ def cases() -> dict[str, Request]:
         "2 tokens, D = 256": request("int8", t=2, pos=1, s=SLOTS, d=256),
         "window, softcap": request("4 token 64 float16", t=2, pos=1, window=100, softcap=30.0, r=32, s=SLOTS),
     }
-    return kinds | some
+    tails = {
+        "tail of 33": request("bfloat16", r=33, s=SLOTS),
+        "tail of 129, KIVI, 2-bit": request(*KINDS["KIVI, 2-bit"], r=129, s=SLOTS),
+        "tail of 33, KIVI, 2-bit, 4 tokens": request(*KINDS["KIVI, 2-bit"], t=4, pos=1, r=33, s=SLOTS),
+        "bias": request("bfloat16", bias=True, s=SLOTS),
+        "bias, tail, KIVI, 2-bit, 2 tokens": request(*KINDS["KIVI, 2-bit"], t=2, pos=1, r=33, bias=True, s=SLOTS),
+    }
+    wide = {f"tail on {name}, D = 256": request(*kind, d=256, r=1, s=SLOTS) for name, kind in KINDS.items()}
+    return kinds | some | tails | wide
+
+
+def paged_cases() -> dict[str, PagedRequest]:
+    pages = {f"pages of {name}, D = 256": paged_request(*kind, d=256) for name, kind in KINDS.items()}
+    pools = {f"pool of {name}": paged_request(*kind, pool=True) for name, kind in KINDS.items()}
+    some = {
+        "Quest": paged_request("bfloat16", page=16, m=128),
+        "Quest, int8": paged_request("int8", page=16, m=128),
+        "Quest, 4-bit": paged_request("4 token 32 float16", page=16, m=128),
+        "KIVI in pages of 32": paged_request(*KINDS["KIVI, 2-bit"], page=32),
+        "pages of bfloat16, D = 64": paged_request("bfloat16", d=64),
+        "pages of 8": paged_request("bfloat16", page=8, m=128),
+        "4 tokens by position": paged_request("bfloat16", page=64, t=4, pos=True, window=100, softcap=30.0, pool=True),
+    }
+    return pages | pools | some
 
 
 def usage(folder: Path) -> dict[str, int]:
@@ -72,7 +100,8 @@ def main(only: str = "") -> None:
             continue
         result: dict[str, Any] = {"name": name}
         try:
-            compiled = jax.jit(gpu.decode).lower(jax.tree.map(place, case)).compile()
+            run = paged.attend if isinstance(case, PagedRequest) else gpu.decode
+            compiled = jax.jit(run).lower(jax.tree.map(place, case)).compile()
             cache = size_of((case.k, case.v))
             result |= {
                 "cache": cache,

@@ -11,6 +11,7 @@ from jax import Array
 
 from kvjax.kernels.decode import Request, Tail, gpu, reference
 from kvjax.kernels.decode.gpu_schedule import join, schedule
+from kvjax.kernels.hopper import interpreter
 from kvjax.kernels.packing import pack, round_to_nearest
 from kvjax.kernels.vectors import Vectors
 
@@ -65,7 +66,7 @@ def poison(x: Vectors, dead: Array) -> Vectors:
 
 def check(request: Request, tolerance: float, programs: int = 3, **options) -> None:
     """Equal to the definition, which sees the same numbers."""
-    run = functools.partial(gpu.decode, programs=programs, interpret=gpu.interpreter(**options))
+    run = functools.partial(gpu.decode, programs=programs, interpret=interpreter(**options))
     found, wanted = jax.jit(run)(request), reference.decode(request)
     np.testing.assert_allclose(found.out, wanted.out, atol=tolerance, rtol=0)
     np.testing.assert_allclose(found.lse, wanted.lse, atol=tolerance, rtol=1e-6)
@@ -128,30 +129,73 @@ def test_last_block_overlaps() -> None:
     check(dataclasses.replace(request, k=shared), 0.03)
 
 
+def draw_tail(size: int, last: int = S + 3) -> Tail:
+    """Tokens that queries up to a last position see or do not, some of them nowhere; NaN where nobody looks."""
+    keys = jax.random.split(jax.random.key(2), 3)
+    k, v = (jax.random.normal(key, (B, H, size, 64)) for key in keys[:2])
+    pos = jax.random.randint(keys[2], (B, 1, size), last - 90, last + 60).at[0, 0, 0].set(last).at[1, 0, -1].set(-1)
+    k, v = (jnp.where(((pos > last) | (pos < 0))[..., None], jnp.nan, x) for x in (k, v))
+    return Tail(k=k.astype(jnp.bfloat16), v=v.astype(jnp.bfloat16), pos=pos)
+
+
 @interpreted
-def test_tail() -> None:
-    keys = jax.random.split(jax.random.key(2), 2)
-    k, v = (jax.random.normal(key, (B, H, 3, 64)).astype(jnp.bfloat16) for key in keys)
-    pos = jnp.asarray([[[5, 192, 300]], [[-1, -1, 7]]], jnp.int32)
-    v = jnp.where((pos == 300)[..., None], jnp.nan, v).astype(jnp.bfloat16)
-    check(make(("bfloat16", "bfloat16"), tail=Tail(k=k, v=v, pos=pos)), 0.01)
+@pytest.mark.parametrize(
+    ("kinds", "size", "programs"),
+    [
+        (("bfloat16", "bfloat16"), 3, 3),
+        (("bfloat16", "bfloat16"), 130, 7),
+        (("2-bit/32 tokens float16", "2-bit/32 channels float16"), 66, 1),
+        (("bfloat16", "4-bit/32 channels"), 64, 40),
+        (("int8", "bfloat16"), 1, 2),
+    ],
+)
+def test_tail(kinds: tuple[str, str], size: int, programs: int) -> None:
+    """New tokens and a residual, whatever share of the work they fall into."""
+    check(make(kinds, tokens=4, tail=draw_tail(size)), 0.03, programs)
+
+
+@interpreted
+def test_tail_of_masked_slots() -> None:
+    pos = jax.random.permutation(jax.random.key(1), S).astype(jnp.int32)[None, None].repeat(B, 0)
+    q_pos = jnp.asarray([[195, -1], [150, 151]], jnp.int32)
+    request = make(("int8", "int8"), tokens=2, pos=pos, q_pos=q_pos, window=40, softcap=5.0, tail=draw_tail(40))
+    check(request, 0.01)
+
+
+@interpreted
+def test_empty_tail() -> None:
+    check(make(("bfloat16", "bfloat16"), tail=jax.tree.map(lambda x: x[:, :, :0], draw_tail(1))), 0.004)
+
+
+@interpreted
+@pytest.mark.parametrize("kinds", [("bfloat16", "bfloat16"), ("4-bit/32 tokens", "4-bit/32 channels")])
+def test_bias(kinds: tuple[str, str]) -> None:
+    """Before the soft-cap, on stored tokens alone; NaN where nobody looks."""
+    slots = 200 if kinds[0] == "bfloat16" else S
+    request = make(kinds, group=3, softcap=3.0, tail=draw_tail(2, slots), slots=slots)
+    bias = 2 * jax.random.normal(jax.random.key(5), (B, H, 3, request.k.slots))
+    dead = jnp.arange(request.k.slots) >= request.lengths[..., None]
+    check(dataclasses.replace(request, bias=jnp.where(dead[:, :, None], jnp.nan, bias)), 0.02)
 
 
 @interpreted
 @pytest.mark.parametrize("kinds", [("bfloat16", "bfloat16"), ("2-bit/32 tokens", "4-bit/32 channels")])
-def test_no_races(kinds: tuple[str, str]) -> None:
-    """Copies overwrite only what has been read; races raise."""
-    check(make(kinds, slots=320, lengths=[[320, 200], [0, 64]]), 0.05, programs=2, detect_races=True)
+def test_no_races(kinds: tuple[str, str], capfd) -> None:
+    """Copies overwrite only what has been read."""
+    bias = jnp.ones((B, H, 2, 320))
+    request = make(kinds, slots=320, lengths=[[320, 200], [0, 64]], bias=bias, tail=draw_tail(70, 320))
+    check(request, 0.05, programs=2, detect_races=True)
+    assert "RACE DETECTED" not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("programs", [1, 3, 7, 40])
 @pytest.mark.parametrize("lengths", [[0, 0, 0], [640, 0, 1], [1, 64, 65, 0, 1000, 0], [0, 0, 5000]])
 def test_shares_are_equal_and_cover_everything(lengths: list[int], programs: int) -> None:
-    plan = schedule(jnp.asarray(lengths, jnp.int32), 64, programs)
+    plan = schedule(-(-jnp.asarray(lengths, jnp.int32) // 64), programs)
     seen, slots = [], []
     for program in range(programs):
         begin, end = int(plan.starts[program]), int(plan.starts[program + 1])
-        for row in range(int(plan.first[program]), int(plan.last[program]) + 1):
+        for row in range(int(plan.first_row[program]), int(plan.last_row[program]) + 1):
             low, high = (int(x) for x in plan.offsets[row : row + 2])
             seen += [(row, block - low) for block in range(max(begin, low), min(end, high))]
             slots.append(program + row)
@@ -166,12 +210,12 @@ def test_join(programs: int) -> None:
     """A softmax in pieces is a softmax, whatever lies in slots that nobody wrote."""
     lengths = [700, 0, 1, 64, 130]
     logits = [jax.random.normal(jax.random.key(n), (length,)) * 9 for n, length in enumerate(lengths)]
-    plan = schedule(jnp.asarray(lengths, jnp.int32), 64, programs)
+    plan = schedule(-(-jnp.asarray(lengths, jnp.int32) // 64), programs)
     parts = programs + len(lengths)
     out, top, total = np.full((parts, 1, 1), np.nan), np.full((parts, 1), np.nan), np.full((parts, 1), np.nan)
     for program in range(programs):
         begin, end = (int(x) for x in plan.starts[program : program + 2])
-        for row in range(int(plan.first[program]), int(plan.last[program]) + 1):
+        for row in range(int(plan.first_row[program]), int(plan.last_row[program]) + 1):
             low, high = (int(x) for x in plan.offsets[row : row + 2])
             x = np.asarray(logits[row])[(max(begin, low) - low) * 64 : (min(end, high) - low) * 64] * np.log2(np.e)
             top[program + row] = x.max(initial=-1e30)
@@ -202,9 +246,10 @@ def test_refuses_with_the_reason() -> None:
         (dataclasses.replace(request, logits=True), "logits"),
         (dataclasses.replace(request, k=Vectors(codes=jnp.zeros((B, H, S, 64)))), "k is stored as float32"),
         (make(("bfloat16", "int8"), 96), "k has 96 channels"),
-        (make(("bfloat16", "int8"), slots=66), "66 slots"),
+        (make(("bfloat16", "int8"), slots=68), "68 slots"),
         (make(("bfloat16", "bfloat16"), slots=32), "fewer than a block"),
         (make(("bfloat16", "bfloat16"), 128, group=33), "33 query rows"),
+        (make(("bfloat16", "bfloat16"), 128, group=17, bias=jnp.zeros((B, H, 17, S))), "17 query rows"),
         (make(("bfloat16", "4-bit/16 channels")), "among 16 channels"),
     ):
         assert words in str(gpu.refuse(wrong)), words

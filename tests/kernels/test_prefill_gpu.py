@@ -7,6 +7,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kvjax.kernels.choose import KernelError
+from kvjax.kernels.hopper import interpreter
 from kvjax.kernels.prefill import ColumnSums, Statistics, gpu, prefill_attention
 from kvjax.kernels.prefill.request import make_request
 from tests.kernels.prefill_cases import Case, check, draw
@@ -33,7 +34,7 @@ def run(case: Case, **options):
     arrays = {name: keywords.pop(name) for name in ("past", "segments")}
 
     def prefill(args, arrays):
-        return gpu.prefill(make_request(*args, **keywords, **arrays), interpret=gpu.interpreter(**options))
+        return gpu.prefill(make_request(*args, **keywords, **arrays), interpret=interpreter(**options))
 
     return jax.jit(prefill)(args, arrays)
 

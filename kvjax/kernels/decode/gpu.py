@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.kernels import choose
-from kvjax.kernels.decode.gpu_kernel import Config, run, shared_memory
+from kvjax.kernels.decode.gpu_kernel import ROWS, Config, run, shared_memory
 from kvjax.kernels.decode.gpu_schedule import join, schedule
 from kvjax.kernels.decode.gpu_stored import merge_planes, refuse_vectors, side, sort_planes, views
 from kvjax.kernels.decode.request import Request, Tail
@@ -23,7 +23,7 @@ from kvjax.kernels.vectors import Vectors
 NEEDED = (0, 11)  # Earlier compilers infer fewer layouts, and earlier interpreters cannot read transposed tiles.
 BLOCK = 64  # The smallest number of tokens per step.
 SMALL = 12 << 10  # Bytes of a block.
-OUTPUTS = 4096  # Channels of values times query rows that registers can hold.
+OUTPUTS = 4096  # Channels of values times query rows that registers can hold; half of it with a bias.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def decode(
         where={"lengths": lengths},
         piece=block,
         tuning=Tuning(block, stages, programs, interpret),
-        tail=request.tail,
+        tail=request.tail if request.tail is not None and request.tail.k.shape[2] else None,
         bias=request.bias,
     )
 
@@ -85,20 +85,19 @@ def refuse(request: Request) -> str | None:
         return "values that are a part of the keys (latent) are not supported."
     if request.logits:
         return "it does not return logits."
-    if reason := refuse_rows(request, request.v.dim):
+    if reason := refuse_rows(request, request.v.dim, request.bias is not None):
         return reason
     if slots < BLOCK:
         return f"{slots} slots are fewer than a block of {BLOCK}."
-    for name, x in (("positions", request.pos), ("biases", request.bias)):
-        if x is not None and slots % 4:
-            return f"{name} of {slots} slots cannot be copied, which needs a multiple of 4."
+    if slots % ROWS:
+        return f"{slots} slots cannot be copied, which needs a multiple of {ROWS}."
     for name, vectors in (("k", request.k), ("v", request.v)):
         if reason := refuse_vectors(vectors):
             return f"{name} {reason}"
     return None
 
 
-def refuse_rows(request: Any, value_dim: int) -> str | None:
+def refuse_rows(request: Any, value_dim: int, biased: bool = False) -> str | None:
     """Why the kernel cannot serve any request that asks like this one, or None."""
     if jax.__version_info__ < NEEDED:
         return (
@@ -108,8 +107,8 @@ def refuse_rows(request: Any, value_dim: int) -> str | None:
         return reason
     if request.q.dtype != jnp.bfloat16:
         return f"products are taken in bfloat16, but queries are {request.q.dtype}."
-    rows = request.q.shape[2]
-    if (most := OUTPUTS // value_dim) < -(-rows // 8) * 8:
+    rows, most = request.q.shape[2], OUTPUTS // value_dim // (2 if biased else 1)
+    if most < -(-rows // 8) * 8:
         return f"{rows} query rows per KV head do not fit registers; {most} or fewer do: ask for fewer new tokens."
     return None
 
@@ -147,7 +146,7 @@ def attend(
     if request.pos is not None:
         arrays["pos"] = request.pos.reshape(-1, k.slots)
     if bias is not None:
-        arrays["bias"] = pad(bias.astype(jnp.float32).reshape(batch * heads, rows, k.slots))
+        arrays["bias"] = bias.astype(jnp.float32).reshape(batch * heads, rows, k.slots)
     if tail is not None:
         arrays |= _tail(tail, config, request.q.dtype)
         blocks = blocks + config.tail
@@ -182,7 +181,7 @@ def _config(
         programs=tuning.programs or PROCESSORS,
         tail=0 if tail is None else -(-tail.k.shape[2] // tuning.block),
         masked=request.pos is not None,
-        bias=bias is not None,
+        bias=0 if bias is None else bias.shape[2],
         window=request.window,
         softcap=request.softcap,
     )

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kvjax.kernels.decode.gpu_schedule import LOG2E, Schedule
-from kvjax.kernels.decode.gpu_stored import COPY, Side, decode_block, wide
+from kvjax.kernels.decode.gpu_stored import COPY, WIDTH, Side, decode_block, wide
 from kvjax.kernels.parts import NEG
 
 
@@ -42,7 +42,7 @@ class Config:
       programs: Over how many the work is divided.
       tail: Blocks of the tail.
       masked: Whether slots have positions.
-      bias: Whether something is added to the logits.
+      bias: Rows to whose logits something is added: all that are no padding, or none.
       window, softcap: As in a request.
     """
 
@@ -57,9 +57,12 @@ class Config:
     programs: int
     tail: int
     masked: bool
-    bias: bool
+    bias: int
     window: int
     softcap: float
+
+
+ROWS = 8  # That shared memory is tiled by: the compiler has to know that slots are multiples of them.
 
 
 class Span(typing.NamedTuple):
@@ -77,7 +80,7 @@ def shared_memory(config: Config) -> int:
     """Bytes that a program takes, short of barriers and alignment."""
     k, v, rows, block = config.k, config.v, config.rows, config.block
     tiles = sum(2 * block * side.dim for side in (k, v) if not side.dense)
-    stored = config.stages * (k.nbytes(block) + v.nbytes(block) + 4 * block * (config.masked + rows * config.bias))
+    stored = config.stages * (k.nbytes(block) + v.nbytes(block) + 4 * block * (config.masked + config.bias))
     return tiles + stored + 2 * rows * (k.dim + block) + 4 * rows * (v.dim + 2)
 
 
@@ -87,10 +90,10 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
     Args:
       arrays: Rows and heads in one axis R. "q" [R, N, D] bfloat16, planes of channels in order; "k", "v" [R, S, D]
         codes; "k_scale", ... [R, S] ("slot"), [R, S * groups] ("group"), [R, S / group, D] ("channel"); with `masked`
-        "pos" [R, S]; with `bias` "bias" [R, N, S] float32; with a tail "tail_k", "tail_v" [R, T, D] bfloat16 and
+        "pos" [R, S]; with `bias` "bias" [R, bias, S] float32; with a tail "tail_k", "tail_v" [R, T, D] bfloat16 and
         "tail_pos" [R, T], T whole blocks; with `masked` or a tail "q_pos" [R, N]. Either "lengths" [R], or with
-        `table` "first", "low", "high" [R, pieces]: see `Span`. All int32 where not said otherwise. Several rows may
-        share one of an array that has fewer.
+        `table` "first", "low", "high" [R, pieces]: see `Span`, but first slots are counted in `ROWS`. All int32 where
+        not said otherwise. Several rows may share one of an array that has fewer.
       interpret: None, or how.
 
     Returns:
@@ -115,8 +118,9 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
         def find(row: Array, index: Array) -> list[Span]:
             """Where a block is."""
             if config.table:
-                names = ("first", "low", "high")
-                return [Span(*(inp[name][row, index * pieces + j] for name in names)) for j in range(pieces)]
+                first, low, high = (inp[name].at[row] for name in ("first", "low", "high"))
+                at = [index * pieces + j for j in range(pieces)]
+                return [Span(first[i] * ROWS, low[i], high[i]) for i in at]
             fresh = index * block
             first = jnp.minimum(fresh, config.slots - block)  # The last block overlaps the one before.
             return [Span(first, fresh - first, jnp.minimum(inp["lengths"][row] - first, block))]
@@ -142,8 +146,7 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
                     source = of_row("pos", row).at[pl.ds(span.first, piece)]
                     copy(source, mem["pos"].at[slot, pl.ds(j * piece, piece)])
                 if name == "k" and config.bias:
-                    source = of_row("bias", row).at[:, pl.ds(span.first, piece)]
-                    copy(source, mem["bias"].at[slot, :, pl.ds(j * piece, piece)])
+                    copy(of_row("bias", row).at[:, pl.ds(span.first, piece)], mem["bias"].at[slot])
 
         def fetch_tail(row: Array, index: Array) -> None:
             tokens = pl.ds(index * block, block)
@@ -175,8 +178,9 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
 
         def clean(ref: Any, alive: Array) -> None:
             """Zeroes what nobody sees: zero weights do not silence NaN."""
-            x = ref[...]
-            ref[...] = jnp.where(wide(alive, x.shape, 0), x, jnp.zeros_like(x))
+            for start in range(0, ref.shape[1], WIDTH):
+                x = ref[:, pl.ds(start, WIDTH)]
+                ref[:, pl.ds(start, WIDTH)] = jnp.where(wide(alive, x.shape, 0), x, jnp.zeros_like(x))
 
         def attend(
             state: State,
@@ -286,7 +290,10 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
                 def logits(s: Array) -> Array:
                     if k.scaled == "slot":
                         s = s * wide(mem["k_scale"][slot, 0].astype(f32), s.shape, 0)
-                    return s + mem["bias"].at[slot].T[...] if config.bias else s
+                    column = lax.broadcasted_iota(jnp.int32, s.shape, 1)
+                    for n in range(config.bias):
+                        s = s + jnp.where(column == n, wide(mem["bias"][slot, n], s.shape, 0), 0.0)
+                    return s
 
                 def weights(p: Array) -> Array:
                     if v.scaled != "slot":
@@ -341,7 +348,7 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
     if config.masked:
         scratch["pos"] = plgpu.SMEM((stages, block), jnp.int32)
     if config.bias:
-        scratch["bias"] = plgpu.SMEM((stages, rows, block), f32)
+        scratch["bias"] = plgpu.SMEM((stages, config.bias, block), f32)
     if config.tail:
         scratch |= {"tail_pos": plgpu.SMEM((block,), jnp.int32), "tail_ready": plgpu.Barrier(num_arrivals=3)}
     for name, side in sides.items():
@@ -350,7 +357,7 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
             scratch[name + "_tile"] = plgpu.SMEM((block, side.dim), bf16)
         for extra in side.extras():
             scratch[f"{name}_{extra}"] = plgpu.SMEM((stages, *side.scales(block)), side.scale_dtype)
-        arrivals = side.arrivals(block, piece) + pieces * (name == "k") * (config.masked + config.bias)
+        arrivals = side.arrivals(block, piece) + pieces * (name == "k") * (config.masked + (config.bias > 0))
         scratch[name + "_ready"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
 
     def kernel(*refs: Any, **mem: Any) -> None:

@@ -13,13 +13,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.kernels.decode.gpu import BLOCK, Tuning, attend as attend_pieces, refuse_rows
+from kvjax.kernels.decode.gpu_kernel import ROWS
 from kvjax.kernels.decode.gpu_stored import refuse_vectors
 from kvjax.kernels.paged.reference import pick_pages
 from kvjax.kernels.paged.request import PagedRequest
 from kvjax.kernels.parts import Part
 from kvjax.kernels.vectors import Vectors
-
-LEAST = 8  # Slots of a piece: as many rows as shared memory is tiled by.
 
 
 def attend(
@@ -62,13 +61,11 @@ def refuse(request: PagedRequest) -> str | None:
     if reason := refuse_rows(request, request.v.dim):
         return reason
     page, piece = request.page, math.gcd(request.page, BLOCK)
-    if piece < LEAST:
-        return f"pages of {page} slots cannot be copied; multiples of {LEAST} can, and of {BLOCK} best."
+    if piece < ROWS:
+        return f"pages of {page} slots cannot be copied; multiples of {ROWS} can, and of {BLOCK} best."
     slots = as_head(request, request.k).slots
-    if slots < piece:
-        return f"{slots} slots are fewer than a piece of {piece}."
-    if request.pos is not None and slots % 4:
-        return f"positions of {slots} slots cannot be copied, which needs a multiple of 4."
+    if slots < piece or slots % ROWS:
+        return f"{slots} slots cannot be copied; at least {piece}, and a multiple of {ROWS}, can."
     for name, x in (("k", request.k), ("v", request.v)):
         if request.pool and x.scale is not None and x.scale.shape[1] != request.pages:
             return f"{name} shares scales among the pages of a pool; each needs its own."
@@ -115,4 +112,4 @@ def find_pieces(request: PagedRequest, piece: int, multiple: int) -> dict[str, A
         x = x.reshape(page.shape[0] * page.shape[1], -1)
         return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple)))
 
-    return {"first": flat(first), "low": flat(low), "high": flat(high)}
+    return {"first": flat(first // ROWS), "low": flat(low), "high": flat(high)}

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kvjax.kernels import choose
+from kvjax.kernels.hopper import interpreter
 from kvjax.kernels.parts import NEG, Part, merge
 from kvjax.kernels.prefill.blocks import Tiles, make_tables, pad
 from kvjax.kernels.prefill.request import Prefill, Request
@@ -42,19 +43,6 @@ def refuse(request: Request) -> str | None:
     if request.past is not None and request.past.k.shape[2] % BLOCK:
         return f"It takes a past of a multiple of {BLOCK} slots, not {request.past.k.shape[2]}."
     return None
-
-
-def interpreter(**options: Any) -> Any:
-    """Parameters of Pallas' interpreter.
-
-    Raises:
-      NotImplementedError: This JAX' interpreter cannot read transposed tiles.
-    """
-    if not hasattr(plgpu, "InterpretGPUParams"):
-        raise NotImplementedError(
-            f"The GPU kernel can be interpreted from JAX 0.11 on, not by {jax.__version__}: use implementation='xla'."
-        )
-    return getattr(plgpu, "InterpretGPUParams")(**options)  # noqa: B009
 
 
 def prefill(request: Request, *, interpret: Any = None) -> Prefill:
