@@ -12,9 +12,18 @@ import pytest
 
 from kvjax.cache import Cache
 from kvjax.cache.slots import Slots
-from kvjax.checkpoints import huggingface
+from kvjax.checkpoints import huggingface, orbax
 from kvjax.checkpoints.check import CheckpointError
-from kvjax.checkpoints.orbax import is_orbax, load_cache, load_params, load_pytree, save_cache, save_params, save_pytree
+from kvjax.checkpoints.orbax import (
+    abstract_pytree,
+    is_orbax,
+    load_cache,
+    load_params,
+    load_pytree,
+    save_cache,
+    save_params,
+    save_pytree,
+)
 from kvjax.models import forward, init_params, stack_layers
 
 # Where one leaf cannot be read, Orbax leaves the failed readers of the others behind: see `no_readers_left`.
@@ -143,6 +152,42 @@ def test_placement(tmp_path):
 def leaf_on_last(leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
     assert leaf.shape == (3,)
     return jax.sharding.SingleDeviceSharding(jax.devices()[-1])
+
+
+def test_a_tree_of_shardings(cache, tmp_path):
+    """What a folder holds is known without reading an array, and says where each one goes."""
+    tree = {"cache": cache, "key": jax.random.key(1), "name": "a", "empty": jnp.zeros((0, 2))}
+    save_pytree(tmp_path / "x", tree)
+    shapes = abstract_pytree(tmp_path / "x")
+    assert jax.tree.structure(shapes) == jax.tree.structure(tree) and shapes.pop("name") == tree.pop("name")
+    for found, leaf in zip(jax.tree.leaves(shapes), jax.tree.leaves(tree), strict=True):
+        assert (found.shape, found.dtype) == (leaf.shape, leaf.dtype)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(mesh, jax.P("x"))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.P())
+    rows = jax.tree.map(lambda leaf: split if getattr(leaf, "ndim", 0) > 1 else everywhere, shapes)
+    loaded = load_pytree(tmp_path / "x", placement=rows)
+    assert loaded["cache"].layers[1].k.sharding == split and loaded["cache"].seen.sharding == everywhere
+    assert_same(loaded["cache"], cache)
+    assert (jax.random.bits(loaded["key"]) == jax.random.bits(tree["key"])).all()
+    with pytest.raises(CheckpointError, match=r"no sharding for leaf cache\.layers\.0\.k.*abstract_pytree"):
+        load_pytree(tmp_path / "x", placement={"key": everywhere})
+
+
+def test_parameters_by_their_tree(tmp_path):
+    config = huggingface.read_config(DATA / "gemma2")
+    params = init_params(config, jax.random.key(0), jnp.bfloat16)
+    save_params(tmp_path / "model", params, config)
+    last = jax.sharding.SingleDeviceSharding(jax.devices()[-1])
+    loaded, *_ = load_params(tmp_path / "model", placement=jax.tree.map(lambda leaf: last, params))
+    assert_same(loaded, params)
+    assert all(leaf.devices() == {jax.devices()[-1]} for leaf in jax.tree.leaves(loaded))
+
+
+def test_a_bucket_is_no_folder_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(orbax._folder("gs://bucket/cache")) == "gs://bucket/cache"
+    assert str(orbax._folder("cache")) == str(tmp_path / "cache")
 
 
 def test_overwriting_is_asked_for(tmp_path):
