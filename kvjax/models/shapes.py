@@ -31,8 +31,8 @@ def model_config(name_or_path: str | os.PathLike[str]) -> Config:
     """The architecture of a model.
 
     Args:
-      name_or_path: One of `model_names` (capitals, hyphens and points do not matter), a YAML or JSON file with the settings of a Hugging Face `config.json`, or a
-        folder that has one.
+      name_or_path: One of `model_names` (capitals, hyphens and points do not matter), a YAML or JSON file with the
+        settings of a Hugging Face `config.json`, or a folder that has one.
 
     Raises:
       ValueError: There is no such name or file, it is not readable, or it describes a model that is not supported.

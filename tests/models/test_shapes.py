@@ -80,8 +80,8 @@ def test_files_and_folders(tmp_path):
 
 
 def test_what_is_wrong_is_said(tmp_path):
-    with pytest.raises(ValueError, match=r"'Llama-3.1-8B' is known. Did you mean llama3.1-8b.*Known are gemma3-12b"):
-        model_config("Llama-3.1-8B")
+    with pytest.raises(ValueError, match=r"'Llama-3.2-8B' is known. Did you mean llama3.1-8b.*Known are gemma3-12b"):
+        model_config("Llama-3.2-8B")
     with pytest.raises(ValueError, match="Cannot read .*none.yaml: No such file"):
         model_config(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("a: [")
