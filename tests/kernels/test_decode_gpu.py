@@ -10,7 +10,7 @@ import pytest
 from jax import Array
 
 from kvjax.kernels.decode import Request, Tail, gpu, reference
-from kvjax.kernels.decode.gpu_schedule import join, schedule
+from kvjax.kernels.decode.gpu_schedule import Schedule, join, schedule
 from kvjax.kernels.hopper import interpreter
 from kvjax.kernels.packing import pack, round_to_nearest
 from kvjax.kernels.vectors import Vectors
@@ -188,6 +188,12 @@ def test_no_races(kinds: tuple[str, str], capfd) -> None:
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
+def place(plan: Schedule, program: int, row: int) -> int:
+    """Which part a program writes of a row."""
+    begins = plan.offsets[row] >= plan.starts[program]
+    return row if begins else plan.offsets.shape[0] - 1 + program
+
+
 @pytest.mark.parametrize("programs", [1, 3, 7, 40])
 @pytest.mark.parametrize("lengths", [[0, 0, 0], [640, 0, 1], [1, 64, 65, 0, 1000, 0], [0, 0, 5000]])
 def test_shares_are_equal_and_cover_everything(lengths: list[int], programs: int) -> None:
@@ -198,7 +204,7 @@ def test_shares_are_equal_and_cover_everything(lengths: list[int], programs: int
         for row in range(int(plan.first_row[program]), int(plan.last_row[program]) + 1):
             low, high = (int(x) for x in plan.offsets[row : row + 2])
             seen += [(row, block - low) for block in range(max(begin, low), min(end, high))]
-            slots.append(program + row)
+            slots.append(place(plan, program, row))
     assert seen == [(row, block) for row, length in enumerate(lengths) for block in range(-(-length // 64))]
     assert len(set(slots)) == len(slots)
     sizes = np.diff(plan.starts)
@@ -218,9 +224,10 @@ def test_join(programs: int) -> None:
         for row in range(int(plan.first_row[program]), int(plan.last_row[program]) + 1):
             low, high = (int(x) for x in plan.offsets[row : row + 2])
             x = np.asarray(logits[row])[(max(begin, low) - low) * 64 : (min(end, high) - low) * 64] * np.log2(np.e)
-            top[program + row] = x.max(initial=-1e30)
-            weights = np.exp2(x - top[program + row])
-            total[program + row], out[program + row] = weights.sum(), (weights * x).sum()
+            part = place(plan, program, row)
+            top[part] = x.max(initial=-1e30)
+            weights = np.exp2(x - top[part])
+            total[part], out[part] = weights.sum(), (weights * x).sum()
     found, lse = join(*(jnp.asarray(x, jnp.float32) for x in (out, top, total)), plan)
     for row, x in enumerate(logits):
         if not len(x):

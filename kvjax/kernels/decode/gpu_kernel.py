@@ -97,7 +97,7 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
       interpret: None, or how.
 
     Returns:
-      Unnormalised outputs [programs + R, Dv, N], and maximum (base 2) and sum of weights [programs + R, 2, N], float32.
+      Unnormalised outputs [R + programs, Dv, N], and maximum (base 2) and sum of weights [R + programs, 2, N], float32.
       See `gpu_schedule.join`.
     """
     k, v, rows, block, piece, stages = config.k, config.v, config.rows, config.block, config.piece, config.stages
@@ -149,9 +149,10 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
                     copy(of_row("bias", row).at[:, pl.ds(span.first, piece)], mem["bias"].at[slot])
 
         def fetch_tail(row: Array, index: Array) -> None:
-            tokens = pl.ds(index * block, block)
-            for name, tile in (("tail_k", tiles["k"]), ("tail_v", tiles["v"]), ("tail_pos", mem.get("tail_pos"))):
-                plgpu.copy_gmem_to_smem(of_row(name, row).at[tokens], tile, mem["tail_ready"])
+            targets = {"tail_k": tiles["k"], "tail_v": tiles["v"], "tail_pos": mem["tail_pos"]}
+            for name, target in targets.items():
+                source = of_row(name, row).at[pl.ds(index * block, block)]
+                plgpu.copy_gmem_to_smem(source, target, mem["tail_ready"])
 
         # What the tensor cores read: codes are decoded to here, and a tail lies here before anything is.
         tiles = {name: mem[name].at[0] if side.dense else mem[name + "_tile"] for name, side in sides.items()}
@@ -245,6 +246,8 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
 
             def ahead(stage: int, names: list[str]) -> None:
                 """Fetches the first blocks."""
+                if not names:
+                    return
 
                 @pl.when(stage < steps)
                 def _() -> None:
@@ -252,6 +255,7 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
                     for name in names:
                         fetch(name, row, spans, stage)
 
+            # A tail takes the first stage of what the tensor cores read from there.
             behind = [name for name, side in sides.items() if side.dense and config.tail]
             for stage in range(stages):
                 ahead(stage, [name for name in sides if stage or name not in behind])
@@ -325,15 +329,15 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
             state = (jnp.zeros((v.dim, rows), f32), jnp.full((rows,), NEG, f32), jnp.zeros((rows,), f32))
             if config.tail:
                 state = lax.fori_loop(tail_low, tail_low + tail_steps, tail_step, state)
-            if behind:
-                ahead(0, behind)
+            ahead(0, behind)
             acc, top, total = lax.fori_loop(0, steps, step, state)
             mem["out"][...] = acc
             mem["sums"][0] = top
             mem["sums"][1] = total
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(mem["out"], out["out"].at[program + row])
-            plgpu.copy_smem_to_gmem(mem["sums"], out["sums"].at[program + row])
+            part = jnp.where(begin <= offset, row, total_rows + program)
+            plgpu.copy_smem_to_gmem(mem["out"], out["out"].at[part])
+            plgpu.copy_smem_to_gmem(mem["sums"], out["sums"].at[part])
             plgpu.wait_smem_to_gmem(0)
 
     scratch = {
@@ -363,7 +367,7 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
     def kernel(*refs: Any, **mem: Any) -> None:
         body(dict(zip(inputs, refs, strict=False)), {"out": refs[-2], "sums": refs[-1]}, mem)
 
-    parts = config.programs + total_rows
+    parts = total_rows + config.programs
     out, sums = plgpu.kernel(
         kernel,
         out_type=[jax.ShapeDtypeStruct((parts, v.dim, rows), f32), jax.ShapeDtypeStruct((parts, 2, rows), f32)],

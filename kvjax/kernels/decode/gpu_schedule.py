@@ -54,28 +54,36 @@ def owner(starts: Array, blocks: Array) -> Array:
 def join(out: Array, top: Array, total: Array, plan: Schedule) -> tuple[Array, Array]:
     """Parts of rows and heads, by the program that made them, -> their normalised whole.
 
-    A program writes the part of row and head r to slot `program + r`. Slots are unique, since both only ever grow.
+    Part r is of row and head r, by the program that began it. Part R + p is by program p, of the row that its share
+    begins with, where another program began that.
 
     Args:
-      out: [programs + R, Dv, N] float32 for R rows and heads, unnormalised; arbitrary where nobody wrote.
-      top, total: Maximum (base 2) and sum of weights [programs + R, N] float32.
+      out: [R + programs, Dv, N] float32 for R rows and heads, unnormalised; arbitrary where nobody wrote.
+      top, total: Maximum (base 2) and sum of weights [R + programs, N] float32.
 
     Returns:
       out [R, N, Dv], lse [R, N].
     """
-    row = jnp.arange(plan.offsets.shape[0] - 1, dtype=jnp.int32)
-    begin, end = owner(plan.starts, plan.offsets[:-1]) + row, owner(plan.starts, plan.offsets[1:] - 1) + row
-    slot = jnp.arange(out.shape[0], dtype=jnp.int32)
-    mine = (
-        (slot >= begin[:, None]) & (slot <= end[:, None]) & (plan.offsets[1:] > plan.offsets[:-1])[:, None]
-    )  # [R, P + R]
-    written = mine.any(0)[:, None]
+    rows, programs = plan.offsets.shape[0] - 1, plan.starts.shape[0] - 1
+    begun = plan.offsets[1:] > plan.offsets[:-1]
+    continues = (plan.starts[1:] > plan.starts[:-1]) & (plan.offsets[plan.first_row] < plan.starts[:-1])
+    written = jnp.concatenate([begun, continues])[:, None]
     top, total = jnp.where(written, top, NEG), jnp.where(written, total, 0.0)
-    highest = jnp.where(mine[..., None], top, NEG).max(1)
-    # What a slot is worth to the whole; a product, because additions in any order would not always yield the same.
-    worth = jnp.exp2(top - jnp.where(mine[..., None], highest[:, None], NEG).max(0))
-    sums = lambda x: jnp.tensordot(mine.astype(jnp.float32), x, 1, precision="highest")  # noqa: E731
-    whole = sums(total * worth)
-    parts = jnp.where(written[..., None], out, 0.0) * worth[:, None]
-    joined = jnp.swapaxes(sums(parts), 1, 2) / jnp.maximum(whole, 1e-30)[..., None]
+    out = jnp.where(written[..., None], out, 0.0)
+    # First what continues the same row. By a product: additions in any order would not always yield the same.
+    same = continues & continues[:, None] & (plan.first_row == plan.first_row[:, None])
+    high = jnp.where(same[..., None], top[rows:], NEG).max(1)
+    worth = jnp.exp2(top[rows:] - high)
+    sums = lambda x: jnp.tensordot(same.astype(jnp.float32), x, 1, precision="highest")  # noqa: E731
+    more = (sums(out[rows:] * worth[:, None]), high, sums(total[rows:] * worth))
+    program = jnp.arange(programs, dtype=jnp.int32)
+    leads = continues & ~(same & (program < program[:, None])).any(1)
+    leader = jnp.full(rows, -1).at[jnp.where(leads, plan.first_row, rows)].set(program, mode="drop")
+    split = (leader >= 0)[:, None]
+    more_out, more_top, more_total = (x[leader] for x in more)
+    highest = jnp.where(split, jnp.maximum(top[:rows], more_top), top[:rows])
+    own, others = jnp.exp2(top[:rows] - highest), jnp.where(split, jnp.exp2(more_top - highest), 0.0)
+    whole = total[:rows] * own + more_total * others
+    joined = out[:rows] * own[:, None] + more_out * others[:, None]
+    joined = jnp.swapaxes(joined, 1, 2) / jnp.maximum(whole, 1e-30)[..., None]
     return joined, jnp.where(whole > 0, highest / LOG2E + jnp.log(jnp.maximum(whole, 1e-30)), NEG)
