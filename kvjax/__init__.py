@@ -1,7 +1,7 @@
 """KV-cache compression in JAX: a cache is data, a policy is a value, everything between them is a pure function."""
 
 # The folder of methods first: imported later, it would take the place of the function `methods` below.
-from kvjax import convert as convert, methods as _folder  # noqa: F401
+from kvjax import convert as convert, methods as _folder, sharding as sharding  # noqa: F401
 from kvjax.cache import Cache as Cache
 from kvjax.checkpoints import CheckpointError as CheckpointError
 from kvjax.generation import (

@@ -57,6 +57,10 @@ class Implementation(enum.StrEnum):
 ModelOption = Annotated[
     str, typer.Option("--model", help=f"{MODEL}, tiny, a Hugging Face or Orbax folder, a .gguf file, or a hub name.")
 ]
+MeshOption = Annotated[
+    str | None,
+    typer.Option(help="Devices to spread over, such as seq=4,model=2: rows (data), slots (seq), heads (model)."),
+]
 DtypeOption = Annotated[
     Dtype | None, typer.Option(help="Of parameters and cache. Default: float32 on CPUs, bfloat16 elsewhere.")
 ]
@@ -114,6 +118,7 @@ def compare(
     overwrite: OverwriteOption = False,
     speed: SpeedOption = True,
     dtype: DtypeOption = None,
+    mesh: MeshOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compares policies on one task: one prefill feeds them all.
@@ -148,7 +153,7 @@ def compare(
         settings = Settings(policies=chosen_policies, protocol=protocol.value, speed=speed)
         chosen = make_task(task, context=context, count=samples, needles=needles, seed=seed)
         folder = _folder(out, model, chosen, settings, dtype)
-    loaded = _load(model, dtype, [folder])
+    loaded = _load(model, dtype, [folder], mesh)
     ran = _evaluate(loaded, model, [(chosen, folder)], settings, overwrite, what_fits=sizes is not None)
     _report(ran, as_json)
 
@@ -176,6 +181,7 @@ def evaluate(
     overwrite: OverwriteOption = False,
     speed: SpeedOption = True,
     dtype: DtypeOption = None,
+    mesh: MeshOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Evaluates one policy on several tasks, next to the full cache.
@@ -203,7 +209,7 @@ def evaluate(
         if len(set(folders)) < len(folders):
             raise ValueError("Two tasks have the same name, and so would their results.")
     pairs = list(zip(chosen, folders, strict=True))
-    ran = _evaluate(_load(model, dtype, folders), model, pairs, settings, overwrite)
+    ran = _evaluate(_load(model, dtype, folders, mesh), model, pairs, settings, overwrite)
     _report(ran, as_json)
 
 
@@ -217,15 +223,19 @@ def _folder(
     return out or pathlib.Path("results") / f"{pathlib.PurePath(task.name).stem}-{config_hash(config)[:8]}"
 
 
-def _load(name: str, dtype: Dtype | None, folders: list[pathlib.Path]) -> "Model":
-    """The model, once it is sure that results can be written."""
+def _load(name: str, dtype: Dtype | None, folders: list[pathlib.Path], mesh: str | None) -> "Model":
+    """The model, on the mesh that the command then runs on, once it is sure that results can be written."""
     with user_errors():
+        import jax
+
         import kvjax
         from kvjax.evaluation import make_folder
 
         for folder in folders:
             make_folder(folder)
         _cache_compilations()
+        if mesh:
+            jax.set_mesh(kvjax.sharding.make_mesh(mesh))
         with notes.status(f"Loading {name} ..."):
             return kvjax.load(name, dtype=dtype.value if dtype else None)
 
@@ -335,6 +345,7 @@ def generate(
     min_p: Annotated[float, typer.Option(help="Only tokens this likely, relative to the likeliest.")] = 0.0,
     seed: SeedOption = 0,
     dtype: DtypeOption = None,
+    mesh: MeshOption = None,
 ) -> None:
     """Continues a prompt, token by token, on a compressed cache.
 
@@ -363,7 +374,7 @@ def generate(
         text = _prompt(prompt, file)
         if not text:
             raise ValueError("The prompt is empty: give at least one token.")
-    loaded = _load(model, dtype, [])
+    loaded = _load(model, dtype, [], mesh)
     with user_errors():
         tokens, lengths = loaded.encode(text)
         length, config = int(lengths[0]), loaded.config
@@ -438,6 +449,7 @@ def bench(
     tokens: Annotated[int, typer.Option(help="Tokens decoded per measurement.")] = 32,
     repeats: Annotated[int, typer.Option(help="The fastest of so many counts.")] = 3,
     dtype: DtypeOption = None,
+    mesh: MeshOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measures prefill time, decoding speed and cache bytes, warm, on random tokens.
@@ -463,7 +475,7 @@ def bench(
         for name, value in (("--batch", batch), ("--tokens", tokens), ("--repeats", repeats)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-    loaded = _load(model, dtype, [])
+    loaded = _load(model, dtype, [], mesh)
     with user_errors():
         measured = measure(loaded, chosen, lengths, batch=batch, tokens=tokens, repeats=repeats)
     rows = []

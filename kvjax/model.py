@@ -40,6 +40,9 @@ def load(name_or_path: str, dtype: Any = None) -> "Model":
       name_or_path: What to load.
       dtype: Of parameters and cache; default float32 on CPUs (faster there than bfloat16), bfloat16 elsewhere.
 
+    Under `jax.set_mesh(kvjax.sharding.make_mesh("seq=4,model=2"))` parameters are placed on the mesh, and what the
+    model does there is spread over it.
+
     Raises:
       CheckpointError: It cannot be found or read; the message names the file, the tensor, what was expected and what
         was found.

@@ -88,6 +88,19 @@ def test_eval_and_bench(rows, tmp_path):
     ]
 
 
+def test_on_a_mesh(rows, tmp_path, monkeypatch):
+    """The same command on eight devices: the same answers, by a mesh alone."""
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
+    command = ["eval", "knorm(0.5)", "--model", TINY, "--tasks", rows, "--no-speed", "--json", "--out"]
+    alone = kvjax(*command, "alone", folder=tmp_path)
+    spread = kvjax(*command, "spread", "--mesh", "data=1,seq=2,model=4", folder=tmp_path)
+    assert alone.returncode == spread.returncode == 0, alone.stderr + spread.stderr
+    for one, other in zip(*(json.loads(done.stdout)["summary"] for done in (alone, spread)), strict=True):
+        assert one["policy"] == other["policy"] and one["nll"] == pytest.approx(other["nll"], abs=1e-4)
+    wrong = kvjax(*command, "wrong", "--mesh", "seq=3", folder=tmp_path)
+    assert wrong.returncode == 2 and "takes 3 devices, and there are 8" in wrong.stderr
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [

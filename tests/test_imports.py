@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "kernels": set(),
     "cache": {"kernels"},
     "models": {"kernels", "cache"},  # A model calls the cache's `attend`; it never knows which policy runs.
-    "checkpoints": {"models", "cache"},
+    "checkpoints": {"kernels", "models", "cache"},
     "convert": {"kernels", "cache", "models"},
     "policies": {"kernels", "cache", "models"},  # Scores rotate queries, plans read a model's shapes.
     "methods": {"kernels", "cache", "policies"},

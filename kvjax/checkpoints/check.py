@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax.kernels.mesh import placed, used
 from kvjax.models.config import Config
 from kvjax.models.params import abstract_params
+from kvjax.models.spread import check_mesh, param_spec
 
 
 class CheckpointError(ValueError):
@@ -47,14 +49,26 @@ def assemble(config: Config, tensors: Mapping[str, Tensor], source: str, dtype: 
       dtype: Of the parameters, for example `jnp.float32`.
 
     Returns:
-      The pytree of `abstract_params(config, dtype)`, as JAX arrays on the default device.
+      The pytree of `abstract_params(config, dtype)`, as JAX arrays on the default device, or on the mesh in use: each
+      device is then given its part alone.
 
     Raises:
       CheckpointError: A tensor is missing, unexpected, of the wrong shape, or holds NaN or infinity.
+      MeshError: The model does not divide over the mesh in use.
     """
     names, shapes, treedef = _expected(config)
     check_names(expected=names, found=tensors.keys(), source=source)
-    values = [_read(tensors[name], name, shape, dtype, source) for name, shape in zip(names, shapes, strict=True)]
+    sizes = used(jax.sharding.get_mesh())
+    check_mesh(config, sizes)
+
+    def place(name: str, value: Any) -> jax.Array:
+        if sizes:
+            return placed(value, param_spec(name.rpartition(".")[2], value.shape, config, sizes))
+        # Not `jnp.asarray`, which always copies: memory aligned to 64 bytes becomes a CPU array as it is.
+        return jax.device_put(value)
+
+    pairs = zip(names, shapes, strict=True)
+    values = [_read(tensors[name], name, shape, dtype, source, functools.partial(place, name)) for name, shape in pairs]
     return jax.tree.unflatten(treedef, values)
 
 
@@ -100,7 +114,14 @@ def _expected(config: Config) -> tuple[tuple[str, ...], tuple[tuple[int, ...], .
     return tuple(_dotted(path) for path, _ in leaves), tuple(leaf.shape for _, leaf in leaves), treedef
 
 
-def _read(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: Any, source: str) -> jax.Array:
+def _read(
+    tensor: Tensor,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: Any,
+    source: str,
+    place: Callable[[Any], jax.Array],
+) -> jax.Array:
     label = name if tensor.name == name else f"{tensor.name} ({name})"
     try:
         value = tensor.read()
@@ -110,8 +131,7 @@ def _read(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: Any, source:
         raise CheckpointError(f"{source}: tensor {label} cannot be read: {error}") from error
     if tuple(value.shape) != shape:  # Before it is copied to the device and cast.
         raise _wrong_shape(label, value.shape, shape, source)
-    # Not `jnp.asarray`, which always copies: memory aligned to 64 bytes becomes a CPU array as it is.
-    value = jax.device_put(value).astype(dtype)
+    value = place(value).astype(dtype)
     _check(value, label, shape, source)
     return value
 

@@ -38,8 +38,10 @@ from kvjax.cache.host import HOST, on_host
 from kvjax.checkpoints.check import CheckpointError, check_params
 from kvjax.checkpoints.checksum import checksums
 from kvjax.checkpoints.tokenizer import Tokenizer
+from kvjax.kernels.mesh import used
 from kvjax.models.config import Config
 from kvjax.models.params import layer_params
+from kvjax.models.spread import param_specs
 
 FORMAT = 2  # Raised when folders written before can no longer be read.
 
@@ -61,8 +63,14 @@ def save_params(
 def load_params(path: Path, *, placement: Any = None) -> tuple[dict[str, Any], Config, Tokenizer | None]:
     """Loads what `save_params` saved, in the dtypes it was saved in; see `load_pytree`.
 
-    A placement that is a tree is one of parameters: `param_shardings(abstract_pytree(path)["params"], config, mesh)`.
+    A placement that is a tree is one of parameters: `param_shardings(abstract_pytree(path)["params"], config, mesh)`,
+    which is also what it is under `jax.set_mesh(mesh)`.
     """
+    mesh = jax.sharding.get_mesh()
+    if placement is None and used(mesh):
+        shapes = abstract_pytree(path)
+        specs = param_specs(shapes["params"], shapes["config"], used(mesh))
+        placement = jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), specs)
     tree = load_pytree(path, placement={"params": placement} if isinstance(placement, dict) else placement)
     if not (isinstance(tree, dict) and tree.keys() == {"params", "config", "tokenizer"}):
         raise CheckpointError(f"{path} does not hold a model but a {type(tree).__name__}; `save_params` writes models.")

@@ -17,12 +17,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kvjax.kernels.parts import NEG, Part
 
 DATA, SEQ, MODEL = "data", "seq", "model"
 Axes = tuple[str, ...]
+
+
+class MeshError(ValueError):
+    """A mesh, or what is to lie on it, does not go together; the message says what would."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +70,23 @@ class Spread:
 
 def axes_in_use() -> dict[str, int]:
     """Devices along each axis of the mesh in use that arrays may lie along; none inside a `shard_map` over them."""
-    mesh = jax.sharding.get_abstract_mesh()
+    return used(jax.sharding.get_abstract_mesh())
+
+
+def used(mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """`axes_in_use` of any mesh."""
     if mesh.empty:
         return {}
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     mine = (name for name in (DATA, SEQ, MODEL) if name in kinds and kinds[name] != AxisType.Manual)
     return {name: mesh.shape[name] for name in mine if mesh.shape[name] > 1}
+
+
+def placed(value: Any, spec: PartitionSpec) -> Array:
+    """A host's array on the mesh that `jax.set_mesh` has set, every device given its part alone; all processes have
+    the same array."""
+    sharding = NamedSharding(jax.sharding.get_mesh(), spec)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def spread(batch: int, heads: int, slots: Sequence[int] = ()) -> Spread:

@@ -1,6 +1,7 @@
 """One program on many devices: meshes, and where every array of a model and of a cache lies on them."""
 
-from kvjax.sharding.mesh import MeshError as MeshError, make_mesh as make_mesh, parse_mesh as parse_mesh
+from kvjax.kernels.mesh import MeshError as MeshError
+from kvjax.sharding.mesh import make_mesh as make_mesh, parse_mesh as parse_mesh
 from kvjax.sharding.rules import (
     cache_shardings as cache_shardings,
     param_shardings as param_shardings,

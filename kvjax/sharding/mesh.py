@@ -8,13 +8,9 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from kvjax.kernels.mesh import DATA, MODEL, SEQ
+from kvjax.kernels.mesh import DATA, MODEL, SEQ, MeshError
 
 AXES = (DATA, SEQ, MODEL)
-
-
-class MeshError(ValueError):
-    """A mesh, or what is to lie on it, does not go together; the message says what would."""
 
 
 def parse_mesh(text: str) -> dict[str, int]:

@@ -1,5 +1,5 @@
-"""Where every array lies: a table from a model's parameters, and one from a cache's arrays (`cache.spread`), to logical
-axes, and from these to the mesh.
+"""Where every array lies: tables from a model's parameters (`models.spread`) and from a cache's arrays (`cache.spread`)
+to logical axes, and from these to the mesh.
 
     rows of a batch    "data"
     KV heads           "model", where their number divides
@@ -18,25 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvjax.cache import Cache
 from kvjax.cache.spread import cache_specs
-from kvjax.kernels.mesh import DATA, MODEL, SEQ
+from kvjax.kernels.mesh import DATA, MeshError, used
 from kvjax.models.config import Config
-from kvjax.models.params import AXES as PARAM_AXES
-from kvjax.sharding.mesh import MeshError
-
-# Of a parameter's logical axes (`models.params.AXES`), those that lie along "model".
-MODEL_AXES = ("heads", "kv_heads", "query_heads", "mlp", "vocab")
-
-
-def check_mesh(config: Config, mesh: Mesh) -> None:
-    """Raises `MeshError` where a model cannot lie on a mesh; says which number of devices could."""
-    size = mesh.shape.get(MODEL, 1)
-    for what, number in (("query heads", config.num_heads), ("channels of the MLP", config.mlp_size)):
-        if number % size:
-            fit = [n for n in range(1, number + 1) if config.num_heads % n == 0 and config.mlp_size % n == 0]
-            raise MeshError(
-                f"The model's {number} {what} do not divide over model={size}. Sizes of this axis that go with it: "
-                f"{', '.join(map(str, fit))}."
-            )
+from kvjax.models.spread import param_specs
 
 
 def param_shardings(params: Any, config: Config, mesh: Mesh) -> Any:
@@ -48,35 +32,21 @@ def param_shardings(params: Any, config: Config, mesh: Mesh) -> Any:
     Raises:
       MeshError: The model's heads or MLP do not divide over "model".
     """
-    check_mesh(config, mesh)
-    size = mesh.shape.get(MODEL, 1)
-    whole = {"kv_heads"} if config.num_kv_heads % size else set()  # No head is cut: slots then lie along "model".
-
-    def place(path: Any, leaf: Any) -> NamedSharding:
-        axes = PARAM_AXES.get(path[-1].key, ())  # What methods have trained is everywhere.
-        axes = ("",) * (len(leaf.shape) - len(axes)) + axes if axes else ()  # Stacked layers have an axis in front.
-        along = [
-            MODEL if name in MODEL_AXES and name not in whole and number % size == 0 else None
-            for name, number in zip(axes, leaf.shape, strict=False)
-        ]
-        return NamedSharding(mesh, PartitionSpec(*along))
-
-    return jax.tree_util.tree_map_with_path(place, params)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(params, config, used(mesh)))
 
 
 def cache_shardings(cache: Cache, mesh: Mesh) -> Any:
     """Where each array of a cache lies: the same pytree, of `NamedSharding`. Arrays in the host's memory stay there."""
-    sizes = {name: mesh.shape[name] for name in (DATA, SEQ, MODEL) if mesh.shape.get(name, 1) > 1}
 
     def place(leaf: Any, spec: PartitionSpec) -> NamedSharding:
         memory = getattr(getattr(leaf, "sharding", None), "memory_kind", None)
         return NamedSharding(mesh, spec, memory_kind=memory)
 
-    return jax.tree.map(place, cache, cache_specs(cache, sizes))
+    return jax.tree.map(place, cache, cache_specs(cache, used(mesh)))
 
 
 def shard_params(params: Any, config: Config, mesh: Mesh) -> Any:
-    """Parameters on a mesh; see `param_shardings`."""
+    """Parameters on a mesh; see `param_shardings`. `kvjax.load` places them by itself under `jax.set_mesh`."""
     return jax.device_put(params, param_shardings(params, config, mesh))
 
 

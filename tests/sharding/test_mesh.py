@@ -72,3 +72,20 @@ def test_a_decode_step_moves_queries_not_the_cache(name):
     moved = collectives(step.as_text())
     assert moved
     assert max(moved) <= 2 * config.hidden_size + 2 * config.num_heads * (config.head_dim + 1)
+
+
+def test_a_model_is_loaded_onto_the_mesh(tmp_path):
+    """Each device is given its part, from any kind of checkpoint; a mesh that cannot serve is refused before."""
+    from kvjax.checkpoints.orbax import save_params
+
+    alone, mesh = kvjax.load("tiny"), make_mesh("seq=4,model=2")
+    save_params(tmp_path / "orbax", alone.params, alone.config, alone.tokenizer)
+    for source in ("tiny", str(tmp_path / "orbax")):
+        with jax.set_mesh(mesh):
+            loaded = kvjax.load(source)
+        places = param_shardings(loaded.params, loaded.config, mesh)
+        for leaf, want, place in zip(*map(jax.tree.leaves, (loaded.params, alone.params, places)), strict=True):
+            assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+            np.testing.assert_array_equal(leaf, want)
+    with jax.set_mesh(make_mesh("model=7", jax.devices()[:7])), pytest.raises(MeshError, match="do not divide"):
+        kvjax.load("tiny")
