@@ -1,4 +1,4 @@
-"""Where the parameters of a model lie on a mesh: query heads, KV heads, channels of the MLP and vocabulary along "model";
+"""Where the parameters of a model lie on a mesh: query and KV heads, channels of the MLP and vocabulary along "model";
 norms, and what methods have trained, are whole on every device."""
 
 import math
