@@ -1,4 +1,6 @@
-"""What every test runs under: eight CPU devices, one compilation cache, hardware tests skipped where there is none."""
+"""What every test runs under: eight CPU devices, one compilation cache, programs compiled quickly rather than well,
+hardware tests skipped where there is none.
+"""
 
 import gc
 import os
@@ -28,21 +30,20 @@ def pytest_runtest_setup(item):
     for kind in ("gpu", "tpu"):
         if item.get_closest_marker(kind) and jax.default_backend() != kind:
             pytest.skip(f"needs a {kind.upper()}")
+    # On tiny shapes it takes longer to optimize a program than that saves. Commands that tests start optimize as ever.
+    quick = jax.default_backend() == "cpu" and not item.get_closest_marker("optimized")
+    if quick != jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", quick)
+        jax.clear_caches()
 
 
-MAPS = 20_000  # Every compiled function holds memory maps, of which a process may have 65,530: too many end in a crash.
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forget_compilations():
-    yield
-    jax.clear_caches()
-    gc.collect()
+# Every compiled function holds memory maps, of which a process may have 65,530: too many end in a crash. Below that,
+# files share what they compile.
+MAPS = 12_000
 
 
 @pytest.fixture(autouse=True)
 def forget_many_compilations():
-    """The same in the middle of a file that compiles for many policies."""
     yield
     maps = Path("/proc/self/maps")
     if maps.is_file() and maps.read_bytes().count(b"\n") > MAPS:

@@ -26,6 +26,7 @@ from kvjax.policies import Evict, Needs, Policy
 from kvjax.policies.budget import np_like
 from kvjax.policies.score import Chance
 
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 DATA = json.loads((Path(__file__).parent / "data" / "needles_gemma3_270m.json").read_text())
 PROMPTS = DATA["niah"][: int(os.environ.get("KVJAX_PARITY_PROMPTS", "2"))]
 RULES = {
@@ -81,7 +82,6 @@ def observed(gemma):
     return out
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("key", CASES)
 def test_same_as_kvpress(key, gemma, observed):
     policy, recorded = CASES[key]

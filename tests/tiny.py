@@ -63,8 +63,13 @@ def small(name: str, **changes) -> kvjax.Policy:
 
 def read_back(layer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What a layer's cache holds, as attention reads it: positions [B, H, S], keys and values [B, H, S, D] float32."""
-    pos, k, v = layer.held(layer_spec(CONFIG, 0))
+    pos, k, v = _held(layer)
     return np.asarray(pos), np.asarray(k, np.float32), np.asarray(v, np.float32)
+
+
+@jax.jit
+def _held(layer):
+    return layer.held(layer_spec(CONFIG, 0))
 
 
 def kept(cache, row: int) -> list[list[list[int]]]:

@@ -40,9 +40,10 @@ def build(heads) -> tuple[ByHead, Tokens]:
 def test_each_group_is_what_it_would_be_alone(heads, length):
     layer, _ = build(heads)
     new = draw(4, length, LENGTH, seed=1)
-    out, after, _ = jax.jit(lambda layer, new: layer.attend(new, SPEC))(layer, new)
+    attend = jax.jit(lambda layer, new: layer.attend(new, SPEC))
+    out, after, _ = attend(layer, new)
     for group, later, mine in zip(layer.groups, after.groups, heads, strict=True):
-        want, alone, _ = group.attend(of_heads(new, mine), SPEC)
+        want, alone, _ = attend(group, of_heads(new, mine))
         queries = [h * GROUP + g for h in mine for g in range(GROUP)]
         np.testing.assert_allclose(out[:, jnp.array(queries)], want, atol=1e-5)
         for x, y in zip(jax.tree.leaves(later), jax.tree.leaves(alone), strict=True):

@@ -225,6 +225,7 @@ def test_the_pareto_front():
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_gemma_finds_every_needle_in_its_full_cache(gemma, tmp_path):
     task = make_task("needle", count=3)
     settings = Settings(policies=parse_policies("full; random(0.25)"), speed=False)

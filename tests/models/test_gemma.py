@@ -15,6 +15,7 @@ import pytest
 from kvjax.kernels.prefill import causal_attention
 from kvjax.models.transformer import embed, layer_spec, positions, rms_norm, run_layer, unembed
 
+pytestmark = pytest.mark.optimized
 LOGIT_ERROR = 2e-3  # Measured: 3e-5.
 STATE_ERROR = 2e-4  # Of the largest number of a layer's hidden state, key or value.
 MARGIN = 1e-2  # Between the two likeliest tokens: below it another order of sums may choose the other one.
