@@ -1,0 +1,39 @@
+"""Notebooks run from top to bottom, on the tiny model, and are stored without what they print."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "experiments" / "colab").glob("*.ipynb"))
+
+
+def cells(path: Path) -> list[dict]:
+    return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_stored_clean(path):
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells(path))
+
+
+@pytest.mark.slow
+def test_the_sharded_long_context(tmp_path):
+    """As one script, in a process of its own: it has its own number of devices."""
+    (path,) = (path for path in NOTEBOOKS if path.stem == "sharded_long_context")
+    script = tmp_path / "notebook.py"
+    script.write_text("\n\n".join("".join(cell["source"]) for cell in cells(path)))
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # More is compiled than run.
+    environment = os.environ | quick | {"KVJAX_MODEL": "tiny", "KVJAX_CONTEXT": "300"}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    answer = re.search(r"right answer: (.*)", done.stdout)
+    assert answer and "4 x cpu" in done.stdout
+    full, small = (float(size) for size in re.findall(r"([\d.]+) MB, ", done.stdout))
+    assert full > 2 * small > 0
+    spread, alone = re.findall(r"snapkv\(0.25\) \| kivi\(bits=4\).*: (.*)", done.stdout)
+    assert spread == alone
