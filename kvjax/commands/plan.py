@@ -26,6 +26,9 @@ def plan(
     every_layer: Annotated[
         bool, typer.Option("--every-layer", help="Compile the whole model: a minute or more if it is deep.")
     ] = False,
+    prefill: Annotated[
+        bool, typer.Option("--prefill", help="Compile what the prompts go through, too: their peak, and what is sent.")
+    ] = False,
     arithmetic: Annotated[bool, typer.Option("--arithmetic", help="Compile nothing.")] = False,
     json_file: Annotated[
         pathlib.Path | None, typer.Option("--json", metavar="FILE", help='Write all as JSON; "-": to stdout alone.')
@@ -71,7 +74,7 @@ def plan(
         )
     try:
         with notes.status(f"Compiling for {place} ..."):
-            planned = answer(question, place, every_layer=every_layer, arithmetic=arithmetic)
+            planned = answer(question, place, every_layer=every_layer, prefill=prefill, arithmetic=arithmetic)
     except CompileError as error:
         notes.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None

@@ -30,6 +30,7 @@ class Program:
       mesh: Where everything lies.
       params, cache: Pytrees of `jax.ShapeDtypeStruct` with shardings.
       tokens: The new ones [B, 1] int32, likewise.
+      planned: Slots of every layer.
       held: Tokens that every layer holds of the prompt.
       kinds: Of every layer: what distinguishes its program from other layers', its number of slots apart.
     """
@@ -39,6 +40,7 @@ class Program:
     params: Any
     cache: Any
     tokens: Any
+    planned: Plan
     held: tuple[int, ...]
     kinds: tuple[Any, ...]
 
@@ -98,6 +100,7 @@ def make_program(
             params=placed(params, places),
             cache=placed(cache, cache_shardings(cache, mesh)),  # type: ignore[arg-type]
             tokens=placed(tokens, NamedSharding(mesh, PartitionSpec(along))),  # type: ignore[arg-type]
+            planned=planned,
             held=_held(planned, config),
             kinds=tuple((layer_spec(config, i), *_role(planned, config, i)) for i in range(config.num_layers)),
         )
@@ -137,16 +140,15 @@ def device_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def sample(kinds: tuple[Any, ...], least: int = 4) -> tuple[int, ...]:
-    """How many first layers to compile, so that all are known: (a, b) where what holds for b - a more layers repeats in
-    all others, or (all of them,) where fewer would say too little.
+def sample(kinds: tuple[Any, ...], least: int = 3) -> tuple[int, ...]:
+    """How many first layers to compile, so that all are known: (a, b) where the layers in between, repeated, are all
+    others; or (all of them,) where fewer would say too little.
     """
     layers = len(kinds)
-    repeats = (n for n in itertools.count(1) if all(kinds[i] == kinds[i - n] for i in range(n, layers)))
-    period = next(repeats)
-    step = period * -(-least // period)
-    first = step + (layers - step) % step
-    return (first, first + step) if first + step < layers else (layers,)
+    period = next(n for n in itertools.count(1) if all(kinds[i] == kinds[i - n] for i in range(n, layers)))
+    first = least + (layers - least) % period
+    second = first + period * -(-least // period)
+    return (first, second) if second < layers else (layers,)
 
 
 def extrapolate(first: float, second: float, counts: tuple[int, ...], layers: int) -> float:

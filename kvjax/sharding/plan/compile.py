@@ -45,12 +45,12 @@ def compiled(request: dict[str, Any], timeout: float | None = None) -> dict[str,
 
     Args:
       request: model, policy, context, batch, topology, mesh and dtype as `plan` names them; layers: numbers of layers
-        to compile, each a program.
+        whose decode step to compile; prefill: whether to compile what a prompt goes through, too.
       timeout: Seconds.
 
     Returns:
       compiler, device; programs: for each number of layers what `worker.describe` says, seconds, and the bytes that
-      its arguments' shapes take on a device.
+      its arguments' shapes take on a device; prefill: likewise of a layer of every kind, and of its compression.
 
     Raises:
       CompileError: The compiler says no, or dies.

@@ -65,15 +65,20 @@ def times(modules: dict[str, tuple[Op, ...]]) -> dict[str, int]:
         for op in modules[name]:
             if op.does in ("async-update", "async-done"):  # Name the computation that "async-start" has started.
                 continue
-            loops = _trips(op) if op.does == "while" else 1
+            loops = _trips(op, modules) if op.does == "while" else 1
             for callee in _callees(op.line):
                 count[callee] += count[name] * loops
     return count
 
 
-def _trips(op: Op) -> int:
-    known = re.search(r'known_trip_count":\{"n":"(\d+)"', op.line)
-    return int(known[1]) if known else 1
+def _trips(op: Op, modules: dict[str, tuple[Op, ...]]) -> int:
+    """How often a loop runs: as XLA says, or up to the constant that its condition compares with; 1 if neither."""
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', op.line):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", op.line)
+    ops = modules.get(condition[1], ()) if condition else ()
+    limits = [int(found[1]) for one in ops if (found := re.search(r" s32\[\]\S* constant\((\d+)\)", one.line))]
+    return limits[0] if len(limits) == 1 and any("direction=LT" in one.line for one in ops) else 1
 
 
 def _callees(line: str) -> Iterator[str]:
@@ -144,11 +149,11 @@ def _group(line: str, kind: str, devices: int) -> int:
 
 
 def kernels(text: str) -> dict[str, int]:
-    """kvjax's own kernels in a program, and how often each is called."""
+    """Pallas kernels in a program, and how often each is called."""
     modules = computations(text)
     runs, found = times(modules), Counter()
     for name, ops in modules.items():
         for op in ops:
-            if "custom_call_target=" in op.line and (kernel := re.match(r"(kvjax_\w+?)(?:\.\d+)?$", op.name)):
-                found[kernel[1]] += runs[name]
+            if re.search(r'custom_call_target="(tpu_custom_call|mosaic_gpu)', op.line):
+                found[re.sub(r"(\.\d+|\.clone)*$", "", op.name)] += runs[name]
     return dict(found)

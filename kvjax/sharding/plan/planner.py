@@ -57,7 +57,8 @@ class Planned:
       cache_bytes: Of the whole cache, on all devices together.
       memory: Of a device while it decodes.
       decode: What a device does for one token more in every row. prefill: For the prompt, if it is evenly spread.
-      collectives: Of a decode step; kernels: kvjax's own, and how often each is called.
+      working: Bytes that the prompt's layers take on a device besides parameters and cache; None if not compiled.
+      collectives: Of a decode step; kernels: Pallas kernels, and how often each is called; the same of the prompt.
       compiler: Which one; seconds: how long it took.
       remarks: What one should know to read this right. suggestions: What would fit, if this does not.
     """
@@ -69,9 +70,12 @@ class Planned:
     memory: Memory
     decode: Roofline
     prefill: Roofline
+    working: int | None = None
     compiled: tuple[int, ...] = ()
     collectives: tuple[Collective, ...] = ()
     kernels: tuple[tuple[str, float], ...] = ()
+    prefill_collectives: tuple[Collective, ...] = ()
+    prefill_kernels: tuple[tuple[str, float], ...] = ()
     compiler: str = ""
     seconds: float = 0.0
     refused: str = ""
@@ -79,8 +83,13 @@ class Planned:
     suggestions: tuple[str, ...] = ()
 
     @property
+    def peak(self) -> int | None:
+        """Bytes on a device while the prompt is read, when the whole cache is there already."""
+        return None if self.working is None else self.memory.params + self.memory.cache + self.working
+
+    @property
     def fits(self) -> bool:
-        return self.memory.fits and not self.refused
+        return self.memory.fits and not self.refused and (self.peak or 0) <= self.memory.limit
 
 
 def parse_number(option: str, text: str) -> int:
@@ -138,12 +147,20 @@ def default_mesh(config: Config, devices: int) -> str:
     return f"seq={devices // model},model={model}"
 
 
-def answer(question: Question, topology: Topology, *, every_layer: bool = False, arithmetic: bool = False) -> Planned:
+def answer(
+    question: Question,
+    topology: Topology,
+    *,
+    every_layer: bool = False,
+    prefill: bool = False,
+    arithmetic: bool = False,
+) -> Planned:
     """Compiles a decode step where that is possible, and does the arithmetic in any case.
 
     Args:
       question, topology: Of `ask`.
       every_layer: Compile all layers, not as few as tell the rest.
+      prefill: Compile what the prompt goes through, too.
       arithmetic: Compile nothing.
 
     Raises:
@@ -164,21 +181,23 @@ def answer(question: Question, topology: Topology, *, every_layer: bool = False,
     if reason := "Nothing was compiled." if arithmetic else why_not(topology):
         planned = dataclasses.replace(planned, remarks=(*planned.remarks, reason))
     elif memory.fits:
-        planned = _compiled(planned, program, every_layer)
+        planned = _compiled(planned, program, every_layer, prefill)
     else:
         reason = "Parameters and cache alone exceed the memory, so nothing was compiled."
         planned = dataclasses.replace(planned, remarks=(*planned.remarks, reason))
     if planned.fits:
         return planned
-    besides = planned.memory.total - planned.memory.params - planned.memory.cache
+    memory = planned.memory
+    besides = max(memory.total - memory.params - memory.cache, planned.working or 0)
     return dataclasses.replace(planned, suggestions=suggestions(question, topology, chip.memory - besides))
 
 
-def _compiled(planned: Planned, program: Program, every_layer: bool) -> Planned:
+def _compiled(planned: Planned, program: Program, every_layer: bool, prefill: bool) -> Planned:
     question, layers = planned.question, program.config.num_layers
     counts = (layers,) if every_layer else sample(program.kinds)
     try:
-        found = compiled(question.request() | {"topology": str(planned.topology), "layers": counts})
+        asked = {"topology": str(planned.topology), "layers": counts, "prefill": prefill}
+        found = compiled(question.request() | asked)
     except CompileError as error:
         if not error.no_room:
             raise
@@ -207,6 +226,7 @@ def _compiled(planned: Planned, program: Program, every_layer: bool) -> Planned:
         )
     if not any(name.startswith(("kvjax_decode", "kvjax_paged")) for name in names):
         remarks += ("No kernel of kvjax attends in this program: XLA's own code does, which may read more than once.",)
+    planned = _with_prefill(planned, found["prefill"])
     return dataclasses.replace(
         planned,
         memory=memory,
@@ -215,7 +235,7 @@ def _compiled(planned: Planned, program: Program, every_layer: bool) -> Planned:
         collectives=collectives,
         kernels=kernels,
         compiler=f"{found['compiler']}, for {found['device']}",
-        seconds=max(one["seconds"] for one in programs),
+        seconds=max(one["seconds"] for one in (*programs, *found["prefill"])),
         remarks=remarks,
     )
 
@@ -236,6 +256,40 @@ def _collectives(of: list[list[dict[str, Any]]], counts: tuple[int, ...], layers
         if count > 0:
             found.append(Collective(*key, round(count), max(round(size), 0), max(first.largest, last.largest)))
     return tuple(sorted(found, key=lambda one: -one.sent))
+
+
+def _with_prefill(planned: Planned, kinds: list[dict[str, Any]]) -> Planned:
+    """What a prompt takes and sends, from a layer of every kind."""
+    if not kinds:
+        return planned
+    working, sums, calls = 0, {}, {}
+    for kind in kinds:
+        for part, besides in (("layer", -kind["weights"]), ("compress", kind["hidden"])):
+            if not (one := kind[part]):
+                continue
+            memory = one["memory"]
+            # A layer's weights are parameters, and what compression gives is the cache: they are counted already.
+            made = memory["results"] if part == "layer" else 0
+            working = max(working, memory["arguments"] + made + memory["temporaries"] + memory["code"] + besides)
+            for found in one["collectives"]:
+                key, count, size = (found["kind"], found["devices"]), found["count"], found["bytes"]
+                old = sums.get(key, Collective(*key, 0, 0, 0))
+                sums[key] = Collective(
+                    *key,
+                    old.count + kind["layers"] * count,
+                    old.bytes + kind["layers"] * size,
+                    max(old.largest, found["largest"]),
+                )
+            for name, count in one["kernels"].items():
+                calls[name] = calls.get(name, 0) + kind["layers"] * count
+    collectives = tuple(sorted(sums.values(), key=lambda one: -one.sent))
+    return dataclasses.replace(
+        planned,
+        working=working,
+        prefill=dataclasses.replace(planned.prefill, sent=sum(one.sent for one in collectives)),
+        prefill_collectives=collectives,
+        prefill_kernels=tuple(sorted(calls.items())),
+    )
 
 
 def _remarks(question: Question) -> tuple[str, ...]:

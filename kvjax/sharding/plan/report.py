@@ -1,13 +1,14 @@
 """A plan as tables for people, and as JSON for programs."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from kvjax.sharding.plan.hlo import Collective
 from kvjax.sharding.plan.planner import Planned
 from kvjax.sharding.plan.roofline import Roofline
 from kvjax.sharding.plan.suggest import show_mesh
@@ -39,7 +40,12 @@ def as_dict(planned: Planned) -> dict[str, Any]:
         "decode": roofline(planned.decode),
         "collectives": [dataclasses.asdict(one) | {"sent": one.sent} for one in planned.collectives],
         "kernels": dict(planned.kernels),
-        "prefill": roofline(planned.prefill),
+        "prefill": roofline(planned.prefill)
+        | {
+            "peak": planned.peak,
+            "collectives": [dataclasses.asdict(one) | {"sent": one.sent} for one in planned.prefill_collectives],
+            "kernels": dict(planned.prefill_kernels),
+        },
         "compiler": planned.compiler,
         "compiled_layers": list(planned.compiled),
         "compile_seconds": planned.seconds,
@@ -57,8 +63,9 @@ def report(planned: Planned) -> Group:
     )
     parts: list[Any] = [Text(heading, style="bold"), Text(), _memory(planned), Text(_verdict(planned))]
     parts += [Text(), _times(planned)]
-    if planned.collectives:
-        parts += [Text(), _collectives(planned)]
+    for of, found in (("decode step", planned.collectives), ("prompts", planned.prefill_collectives)):
+        if found:
+            parts += [Text(), _collectives(of, found)]
     parts += [Text(line, style="dim") for line in _notes(planned)]
     if not planned.fits:
         heading = "What fits:" if planned.suggestions else "No mesh, budget or length fits."
@@ -80,9 +87,15 @@ def _verdict(planned: Planned) -> str:
     memory = planned.memory
     if planned.refused:
         return f"Does not fit. {planned.refused}"
-    if memory.fits:
-        return f"Fits: {size(memory.limit - memory.total)} of {size(memory.limit)} stay free."
-    return f"Does not fit: {size(memory.total - memory.limit)} too much."
+    if not memory.fits:
+        return f"Does not fit: {size(memory.total - memory.limit)} too much."
+    if planned.peak is None:
+        return f"Fits: {size(memory.limit - memory.total)} of {size(memory.limit)} stay free while it decodes."
+    most = max(planned.peak, memory.total)
+    prompts = f"The prompts take {size(planned.peak)} at their peak, parameters and cache included."
+    if most > memory.limit:
+        return f"Does not fit: {size(most - memory.limit)} too much. {prompts}"
+    return f"Fits: {size(memory.limit - most)} of {size(memory.limit)} stay free. {prompts}"
 
 
 def _times(planned: Planned) -> Table:
@@ -97,9 +110,9 @@ def _times(planned: Planned) -> Table:
     return table
 
 
-def _collectives(planned: Planned) -> Table:
-    table = _table("per decode step", "devices", "count", "bytes", "largest", "sent")
-    for one in planned.collectives:
+def _collectives(of: str, found: Sequence[Collective]) -> Table:
+    table = _table(f"per {of}", "devices", "count", "bytes", "largest", "sent")
+    for one in found:
         row = (str(one.devices), f"{one.count:,.0f}", size(one.bytes), size(one.largest), size(one.sent))
         table.add_row(one.kind, *row)
     return table
@@ -107,7 +120,8 @@ def _collectives(planned: Planned) -> Table:
 
 def _notes(planned: Planned) -> Iterator[str]:
     if planned.compiled:
-        called = ", ".join(f"{name} {count:,.0f} times" for name, count in planned.kernels)
+        calls = (*planned.kernels, *planned.prefill_kernels)
+        called = ", ".join(f"{name} {count:,.0f} times" for name, count in calls)
         yield f"Compiled in {planned.seconds:.1f} s by {planned.compiler}. Kernels: {called or 'none'}."
     chip = planned.topology.chip
     yield (

@@ -15,33 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import Array
 from jax.experimental import topologies
 
-from kvjax.cache import Cache
-from kvjax.generation.extend import hidden_states
 from kvjax.models.shapes import model_config
-from kvjax.models.transformer import Params, unembed
 from kvjax.policies.registry import parse_policy
 from kvjax.sharding.mesh import make_mesh
 from kvjax.sharding.plan import hlo
-from kvjax.sharding.plan.abstract import Program, device_bytes, in_use, make_program
+from kvjax.sharding.plan.abstract import device_bytes, make_program
 from kvjax.sharding.plan.chips import PlanError, parse_topology
-
-
-def decode_step(params: Params, cache: Cache, tokens: Array) -> tuple[Array, Cache]:
-    """One token more in every row: ids [B, 1] -> logits [B, vocab] float32, and the cache."""
-    valid = jnp.ones(tokens.shape, bool)
-    x, cache = hidden_states(params, cache.config, cache.policy, cache, tokens, valid)
-    return unembed(params, cache.config, x[:, 0]), cache
-
-
-def compile_decode(program: Program) -> jax.stages.Compiled:
-    """A decode step as it is run: the cache is donated, and updated where it lies."""
-    with in_use(program.mesh):
-        lowered = jax.jit(decode_step, donate_argnums=1).lower(program.params, program.cache, program.tokens)
-    return lowered.compile()
+from kvjax.sharding.plan.steps import compile_decode, compile_prefill, prefill_layers, prompt
 
 
 def describe(compiled: jax.stages.Compiled, devices: int) -> dict[str, Any]:
@@ -66,7 +48,6 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     """What was asked for, compiled: see `compile.compiled`."""
     topology = parse_topology(request["topology"])
     try:
-        # It asks for the hosts' layout of larger ones only.
         described = topologies.get_topology_desc(str(topology), platform=topology.chip.compiler)
     except Exception as error:
         raise PlanError(f"libtpu knows no topology {topology}: {_first_line(error)}") from None
@@ -80,17 +61,30 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         request["dtype"],
     )
 
-    def one(layers: int) -> dict[str, Any]:
+    def decode(layers: int) -> dict[str, Any]:
         part, start = program.first(layers), time.perf_counter()
-        compiled = compile_decode(part)
-        described = describe(compiled, topology.devices)
+        found = describe(compile_decode(part), topology.devices)
         shapes = device_bytes((part.params, part.cache, part.tokens))
-        return {"layers": layers, "seconds": time.perf_counter() - start, "shapes": shapes, **described}
+        return {"layers": layers, "seconds": time.perf_counter() - start, "shapes": shapes, **found}
 
+    def prefill(kind: tuple[int, int]) -> dict[str, Any]:
+        (layer, count), start = kind, time.perf_counter()
+        seen, compressed = compile_prefill(program, layer)
+        return {
+            "layers": count,
+            "weights": device_bytes(program.params["layers"][layer]),
+            "hidden": device_bytes(prompt(program)[0]),
+            "layer": describe(seen, topology.devices),
+            "compress": compressed and describe(compressed, topology.devices),
+            "seconds": time.perf_counter() - start,
+        }
+
+    kinds = list(prefill_layers(program)) if request.get("prefill") else []
     with ThreadPoolExecutor(2) as pool:
-        programs = list(pool.map(one, request["layers"]))
+        decodes, prefills = pool.map(decode, request["layers"]), pool.map(prefill, kinds)
+        found = {"programs": list(decodes), "prefill": list(prefills)}
     version = f"libtpu {importlib.metadata.version('libtpu')}, jax {jax.__version__}"
-    return {"compiler": version, "device": described.devices[0].device_kind, "programs": programs}
+    return {"compiler": version, "device": described.devices[0].device_kind, **found}
 
 
 def _first_line(error: Exception) -> str:

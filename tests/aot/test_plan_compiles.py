@@ -1,0 +1,49 @@
+"""Decode steps of whole pods compile with the kernels that are chosen by default, and caches stay where they are."""
+
+import importlib.util
+
+import pytest
+
+from kvjax.sharding import plan
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs pip install libtpu")
+GB = 10**9
+
+
+def planned(model: str, policy: str, topology: str, mesh: str) -> plan.Planned:
+    question, place = plan.ask(model, policy, 2**20, 4, topology, mesh)
+    return plan.answer(question, place)
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("model", "policy", "topology", "mesh", "at_most"),
+    [
+        ("llama3.1-8b", "full", "v5e:16x16", "seq=32,model=8", 4.4 * GB),
+        ("llama3.1-8b", "full", "v5p:4x4x4", "seq=8,model=8", 10.9 * GB),
+        ("llama3.1-70b", "full", "v5p:4x4x4", "seq=8,model=8", 40 * GB),
+        ("llama3.1-8b", "snapkv(0.1) | kivi(bits=2)", "v5e:16x16", "seq=32,model=8", 2.4 * GB),
+    ],
+)
+def test_decode_at_a_million_tokens(model, policy, topology, mesh, at_most):
+    found = planned(model, policy, topology, mesh)
+    memory, layers = found.memory, found.layers
+    assert found.fits and memory.total <= at_most
+    # What the compiler takes for its arguments is what shapes and shardings say.
+    assert 0 <= memory.padding <= 0.01 * (memory.params + memory.cache)
+    # No temporary is of the size of a layer's cache.
+    assert memory.temporaries / layers <= 0.1 * max(memory.cache, 0.05 * memory.params) / layers + 4e6
+    assert dict(found.kernels)["kvjax_decode"] == layers
+    # Per layer, two reductions of the queries' size and two of the hidden states; nothing is gathered.
+    assert {one.kind for one in found.collectives} == {"all-reduce"}
+    assert sum(one.count for one in found.collectives) <= 5 * layers + 8
+    assert max(one.largest for one in found.collectives) <= 2**20
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_topologies_that_do_not_exist_are_told():
+    question, place = plan.ask("llama3.1-8b", "full", 1024, 1, "v5e:3x3", "seq=9")
+    with pytest.raises(plan.CompileError, match="libtpu knows no topology v5e:3x3"):
+        plan.answer(question, place)
