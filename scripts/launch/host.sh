@@ -29,10 +29,11 @@ install() {
         cpu) extra="" ;;
         *) die "install takes tpu, gpu or cpu, got $extra" ;;
     esac
-    # The system's Python is often older than what kvjax needs; uv brings one.
-    command -v uv >/dev/null || python3 -m pip install --quiet --user uv
+    # The system's Python is often older than what kvjax needs; uv then brings one.
     export PATH=$HOME/.local/bin:$PATH
-    [[ -x $environment/bin/python ]] || uv venv --quiet --python 3.12 "$environment"
+    command -v uv >/dev/null || python3 -m pip install --quiet --user uv ||
+        python3 -m pip install --quiet --user --break-system-packages uv
+    [[ -x $environment/bin/python ]] || uv venv --quiet --python '>=3.11,<3.13' "$environment"
     uv pip install --quiet --python "$environment/bin/python" -c "$root/constraints.txt" -e "$root$extra"
     "$environment/bin/kvjax" --help >/dev/null
     echo "kvjax is installed in $environment"
