@@ -52,7 +52,7 @@ def decode_cases() -> dict[str, Request]:
     tails = {
         "tail of 33": request("bfloat16", r=33, s=SLOTS),
         "tail of 129, KIVI, 2-bit": request(*KINDS["KIVI, 2-bit"], r=129, s=SLOTS),
-        "tail of 33, KIVI, 2-bit, 4 tokens": request(*KINDS["KIVI, 2-bit"], t=4, pos=1, r=33, s=SLOTS),
+        "tail of 33, KIVI, 2-bit, 4 tokens": request(*KINDS["KIVI, 2-bit"], t=4, pos=1, r=33, s=2 * SLOTS),
         "bias": request("bfloat16", bias=True, s=SLOTS),
         "bias, tail, KIVI, 2-bit, 2 tokens": request(*KINDS["KIVI, 2-bit"], t=2, pos=1, r=33, bias=True, s=SLOTS),
     }

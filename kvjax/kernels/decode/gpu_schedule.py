@@ -65,25 +65,28 @@ def join(out: Array, top: Array, total: Array, plan: Schedule) -> tuple[Array, A
       out [R, N, Dv], lse [R, N].
     """
     rows, programs = plan.offsets.shape[0] - 1, plan.starts.shape[0] - 1
-    begun = plan.offsets[1:] > plan.offsets[:-1]
-    continues = (plan.starts[1:] > plan.starts[:-1]) & (plan.offsets[plan.first_row] < plan.starts[:-1])
-    written = jnp.concatenate([begun, continues])[:, None]
-    top, total = jnp.where(written, top, NEG), jnp.where(written, total, 0.0)
-    out = jnp.where(written[..., None], out, 0.0)
-    # First what continues the same row. By a product: additions in any order would not always yield the same.
-    same = continues & continues[:, None] & (plan.first_row == plan.first_row[:, None])
-    high = jnp.where(same[..., None], top[rows:], NEG).max(1)
-    worth = jnp.exp2(top[rows:] - high)
-    sums = lambda x: jnp.tensordot(same.astype(jnp.float32), x, 1, precision="highest")  # noqa: E731
-    more = (sums(out[rows:] * worth[:, None]), high, sums(total[rows:] * worth))
-    program = jnp.arange(programs, dtype=jnp.int32)
-    leads = continues & ~(same & (program < program[:, None])).any(1)
-    leader = jnp.full(rows, -1).at[jnp.where(leads, plan.first_row, rows)].set(program, mode="drop")
-    split = (leader >= 0)[:, None]
-    more_out, more_top, more_total = (x[leader] for x in more)
-    highest = jnp.where(split, jnp.maximum(top[:rows], more_top), top[:rows])
-    own, others = jnp.exp2(top[:rows] - highest), jnp.where(split, jnp.exp2(more_top - highest), 0.0)
-    whole = total[:rows] * own + more_total * others
-    joined = out[:rows] * own[:, None] + more_out * others[:, None]
+    begun = (plan.offsets[1:] > plan.offsets[:-1])[:, None]
+    busy = plan.starts[1:] > plan.starts[:-1]
+    heir = jnp.where(busy & (plan.offsets[plan.first_row] < plan.starts[:-1]), plan.first_row, rows)  # `rows`: of none.
+    continues = (heir < rows)[:, None]
+    own_top, own_total = jnp.where(begun, top[:rows], NEG), jnp.where(begun, total[:rows], 0.0)
+    top, total = jnp.where(continues, top[rows:], NEG), jnp.where(continues, total[rows:], 0.0)
+
+    # Programs that continue the same row follow one another: they are a group. They are added by a product, because
+    # additions in any order would not always yield the same.
+    leads = (heir < rows) & (heir != jnp.roll(heir, 1).at[0].set(rows))
+    group = jnp.cumsum(leads, dtype=jnp.int32) - 1
+    mine = (group == jnp.arange(min(rows, programs), dtype=jnp.int32)[:, None]) & (heir < rows)
+    high = jnp.where(mine[..., None], top, NEG).max(1)
+    worth = jnp.exp2(top - high[group])
+    sums = lambda x: jnp.tensordot(mine.astype(jnp.float32), x, 1, precision="highest")  # noqa: E731
+    more_total, more_out = sums(total * worth), sums(jnp.where(continues[..., None], out[rows:] * worth[:, None], 0.0))
+
+    own_group = jnp.full(rows, -1).at[jnp.where(leads, heir, rows)].set(group, mode="drop")  # The group of each row.
+    split = (own_group >= 0)[:, None]
+    highest = jnp.where(split, jnp.maximum(own_top, high[own_group]), own_top)
+    own, others = jnp.exp2(own_top - highest), jnp.where(split, jnp.exp2(high[own_group] - highest), 0.0)
+    whole = own_total * own + more_total[own_group] * others
+    joined = jnp.where(begun[..., None], out[:rows], 0.0) * own[:, None] + more_out[own_group] * others[:, None]
     joined = jnp.swapaxes(joined, 1, 2) / jnp.maximum(whole, 1e-30)[..., None]
     return joined, jnp.where(whole > 0, highest / LOG2E + jnp.log(jnp.maximum(whole, 1e-30)), NEG)
