@@ -6,6 +6,7 @@ A job: {"devices": of each process, "mesh": "model=2,...", "policies": {name: po
 "load": whether they are loaded or made and saved, "out": file for the tokens that follow from each}
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -14,6 +15,8 @@ from typing import Any
 import jax
 
 import kvjax
+from kvjax.cache.host import HOST
+from kvjax.cache.low_rank import FarChunks
 from kvjax.checkpoints.orbax import abstract_pytree, load_cache, save_cache
 from kvjax.sharding import cache_shardings, make_mesh, shard_cache, shard_params
 from kvjax.sharding.distributed import batch_from_rows, everywhere, gather, initialize, local_rows
@@ -32,9 +35,18 @@ def caches(job: dict[str, Any], params: Any, mesh: jax.sharding.Mesh):
             yield name, load_cache(folder, placement=cache_shardings(abstract_pytree(folder), mesh))
         else:
             cache = kvjax.prefill(params, tiny.CONFIG, kvjax.parse_policy(text), tokens, lengths)
-            cache = shard_cache(cache, mesh)
+            cache = offloaded(shard_cache(cache, mesh))
             save_cache(folder, cache)
             yield name, cache
+
+
+def offloaded(cache: Any) -> Any:
+    """Far tokens in the host's memory, where accelerators put them by themselves."""
+
+    def move(x: Any) -> Any:
+        return dataclasses.replace(x, v=jax.device_put(x.v, HOST)) if isinstance(x, FarChunks) else x
+
+    return jax.tree.map(move, cache, is_leaf=lambda x: isinstance(x, FarChunks))
 
 
 def main(job: dict[str, Any]) -> None:

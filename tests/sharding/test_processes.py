@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import kvjax
+from kvjax.cache.host import on_host
 from kvjax.checkpoints.orbax import load_cache
 from kvjax.sharding import make_mesh
 from kvjax.sharding.distributed import (
@@ -117,6 +118,7 @@ def test_caches_go_from_one_mesh_to_another(alone, tmp_path):
     for name in POLICIES:
         cache = load_cache(Path(folder) / name)
         assert all(leaf.devices() == {jax.devices()[0]} for leaf in jax.tree.leaves(cache))
+        assert any(map(on_host, jax.tree.leaves(cache))) == (name == "on_the_host")
         assert answer(cache) == alone[name]
 
 
