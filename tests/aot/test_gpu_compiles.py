@@ -1,4 +1,6 @@
-"""The decode kernel compiles for an H200, spills no registers, and XLA hands it the cache as it lies in memory."""
+"""The kernels of decode and paged attention compile for an H200 and spill no registers, and XLA hands them the cache as
+it lies in memory.
+"""
 
 import importlib.util
 import json
