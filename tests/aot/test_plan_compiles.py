@@ -43,6 +43,21 @@ def test_decode_at_a_million_tokens(model, policy, topology, mesh, at_most):
 
 @pytest.mark.slow
 @needs_libtpu
+def test_prompts_go_around_a_ring_layer_by_layer():
+    question, place = plan.ask("gemma3-4b", "snapkv(0.25)", 2**15, 1, "v5e:2x2", "seq=2,model=2")
+    found = plan.answer(question, place, prefill=True)
+    memory, calls = found.memory, dict(found.prefill_kernels)
+    assert found.fits and found.peak is not None
+    # What a layer works on is a few times the hidden states and keys of its tokens, not all layers' keys.
+    hidden = 2**15 // 2 * 2560 * 2
+    assert memory.params + memory.cache + 2 * hidden < found.peak < memory.params + memory.cache + 30 * hidden
+    assert calls["prefill_flash"] >= found.layers
+    assert "collective-permute" in {one.kind for one in found.prefill_collectives}
+    assert found.prefill.bound(place.chip)[0] == "arithmetic"
+
+
+@pytest.mark.slow
+@needs_libtpu
 def test_topologies_that_do_not_exist_are_told():
     question, place = plan.ask("llama3.1-8b", "full", 1024, 1, "v5e:3x3", "seq=9")
     with pytest.raises(plan.CompileError, match="libtpu knows no topology v5e:3x3"):
