@@ -11,7 +11,7 @@ from jax import Array
 
 from kvjax.cache import EMPTY, ByHead, Slots, make_ring
 from kvjax.cache.slots import take_slots
-from kvjax.kernels import write
+from kvjax.kernels import mesh, write
 from kvjax.policies.budget import Allocate, Budget, Divide, Uniform, np_like, whole
 from kvjax.policies.observe import Needs, Prompt
 from kvjax.policies.score import Score, Update
@@ -247,7 +247,9 @@ class Evict(Stage):
         scores, (index, valid) = self._choose(prompt, about, slots, capacity)
         kept, memo = self.rest.join(prompt, prompt.take(index, valid), about)
         if store.holds_rest:
-            others = complement(index, valid, prompt.pos, capacity)
+            # On a mesh a row may fill up to so many places less than there are: the plan has rounded them up.
+            spare = min(mesh.shares(1) - 1, capacity)
+            others = complement(index, valid, prompt.pos, capacity - spare)
             about = dataclasses.replace(about, rest=prompt.take(*others))
         layer = store.build(kept, dataclasses.replace(about, capacity=capacity))
         if self.phase.when != "step":
