@@ -8,7 +8,7 @@ import kvjax
 from kvjax.cache.spread import cache_specs
 from kvjax.sharding import cache_shardings, make_mesh, shard_batch, shard_cache, shard_params
 from tests import tiny
-from tests.contract.test_contract import EXACT, NAMES, ROWS, VALID, extended, policy_of, prefilled, stored
+from tests.contract.test_contract import EXACT, NAMES, ONE_CODE, ROWS, VALID, extended, policy_of, prefilled, stored
 from tests.tiny import CONFIG, LENGTHS, QUESTION, QUESTION_LENGTHS, TOKENS, kept
 
 MESHES = {
@@ -32,7 +32,11 @@ def test_sharded(name, where):
     for row in range(ROWS):
         assert kept(cache, row) == kept(want_cache, row)
         assert kept(after, row) == kept(want_after, row)
-    np.testing.assert_allclose(np.asarray(logits)[VALID], want[VALID], atol=50 * EXACT if stored(policy) else EXACT)
+    apart = np.abs(np.asarray(logits) - want)[VALID]
+    if stored(policy):  # A number between two codes may fall to either side, and its row's next tokens hear of it.
+        assert np.median(apart) < EXACT and apart.max() < ONE_CODE / 10
+    else:
+        assert apart.max() < EXACT
     # Where arrays lie is what the table says, before and after tokens were added.
     for made in (cache, after):
         said = jax.tree.leaves(cache_shardings(made, mesh))
