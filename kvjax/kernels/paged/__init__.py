@@ -17,7 +17,7 @@ def paged_attention(request: PagedRequest, implementation: Implementation = "aut
 
     Args:
       request: What is stored and what is asked. Page numbers that do not exist are skipped.
-      implementation: "auto", "tpu", "xla" or "reference". A Pallas kernel that is named on another machine is
+      implementation: "auto", "tpu", "gpu", "xla" or "reference". A Pallas kernel that is named on another machine is
         interpreted: slow, for tests.
       **options: Of the implementation.
 
