@@ -189,7 +189,8 @@ class AccumulatedAttention:
     def update(self, marks: Array, weights: Array, new: Tokens, pos: Array) -> Array:
         del new, pos
         received = weights.sum((2, 3))
-        return received.at[..., : marks.shape[-1]].add(marks)
+        # Padded, not scattered: on a mesh a scatter would collect the marks of all slots on every device.
+        return received + jnp.pad(marks, ((0, 0), (0, 0), (0, received.shape[-1] - marks.shape[-1])))
 
 
 @dataclasses.dataclass(frozen=True)
