@@ -171,7 +171,7 @@ class GroupedSlots(Layer):
             v=put_vectors(self.v, target[:, 0, 0], old),
             k_recent=put_slots(self.k_recent, slot, k, whole=True),
             v_recent=put_slots(self.v_recent, slot, v, whole=True),
-            order=put_slots(self.order, n, pos[:, None, None], whole=True),
+            order=put_slots(self.order, n, pos[:, None, None]),
         )
         full = fits & ((self.count + 1) % residual == 0)  # Rows whose residual of keys is complete.
 

@@ -20,7 +20,7 @@ ROW, HEAD, SLOT = ("batch",), ("batch", "heads"), ("batch", "heads", "slots")
 # here hold other such classes.
 CACHE_AXES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "Slots": {"k": SLOT, "v": SLOT, "pos": SLOT, "marks": SLOT, "limit": ROW, "memo": ROW},
-    "GroupedSlots": {"k": SLOT, "v": SLOT, "k_recent": HEAD, "v_recent": HEAD, "order": HEAD},
+    "GroupedSlots": {"k": SLOT, "v": SLOT, "k_recent": HEAD, "v_recent": HEAD, "order": SLOT},
     "Pages": {
         "k": ("batch", "slots"),
         "v": ("batch", "slots"),
@@ -55,6 +55,8 @@ CACHE_AXES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "Balance": {"factor": HEAD},
     "Channels": {"index": HEAD},
 }
+# Arrays that have slots of their own, other than the rest of the layer's: they lie by themselves.
+APART: Mapping[str, tuple[str, ...]] = {"GroupedSlots": ("order",)}
 
 
 def layer_specs(layer: Any, sizes: Mapping[str, int]) -> Any:
@@ -68,7 +70,9 @@ def layer_specs(layer: Any, sizes: Mapping[str, int]) -> Any:
       TypeError: `CACHE_AXES` does not say.
     """
     axes = CACHE_AXES.get(type(layer).__name__, {})
-    mine = _spread(layer, axes, sizes)
+    apart = APART.get(type(layer).__name__, ())
+    together = _spread(layer, {name: axes[name] for name in axes if name not in apart}, sizes)
+    spreads = {name: _spread(layer, {name: axes[name]}, sizes) if name in apart else together for name in axes}
 
     def place(value: Any) -> Any:
         if isinstance(value, tuple | list):
@@ -83,7 +87,7 @@ def layer_specs(layer: Any, sizes: Mapping[str, int]) -> Any:
 
     fields = [field.name for field in dataclasses.fields(layer) if not field.metadata.get("static")]
     specs = {
-        name: mine.specs(getattr(layer, name), *axes[name]) if name in axes else place(getattr(layer, name))
+        name: spreads[name].specs(getattr(layer, name), *axes[name]) if name in axes else place(getattr(layer, name))
         for name in fields
     }
     return dataclasses.replace(layer, **specs)
@@ -113,7 +117,7 @@ def _constrain(leaf: Any, spec: PartitionSpec) -> Any:
 
 
 def _spread(layer: Any, axes: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int]) -> Spread:
-    """How a layer lies: all its arrays alike, on as many devices as divide each."""
+    """How arrays of a layer lie: all alike, on as many devices as divide each."""
     arrays = [(leaf, axes[name]) for name in axes for leaf in jax.tree.leaves(getattr(layer, name))]
     if not arrays:
         return Spread()
