@@ -56,7 +56,6 @@ BUDGETED = [name for name, method in kvjax.methods().items() if "budget" in meth
 CHUNK = 4  # Of small policies that keep chunks.
 EVERYTHING = 4096  # Tokens: more than there ever are.
 ROWS = len(LENGTHS)
-ALONE = TOKENS[1:2, : LENGTHS[1]]  # A row without neighbours and padding.
 ONE_CODE = 2.0  # In other shapes a last bit may differ, and with it the code of a number that lies between two.
 EXACT = 2e-5  # Of float32 logits around 1: another order of the same sums.
 VALID = np.arange(QUESTION.shape[1]) < QUESTION_LENGTHS[:, None]
@@ -178,9 +177,9 @@ def test_never_more_slots_than_asked(name, budget):
 
 @pytest.mark.parametrize("name", BUDGETED)
 def test_never_more_bytes_than_asked(name):
-    full = kvjax.prefill(tiny.trained(), CONFIG, kvjax.policy("full"), ALONE)
+    full = kvjax.prefill(tiny.trained(), CONFIG, kvjax.policy("full"), TOKENS[:1])
     budget = kvjax.Budget(bytes=int(full.nbytes * 0.6))
-    cache = kvjax.prefill(tiny.trained(), CONFIG, small(name, budget=budget), ALONE)
+    cache = kvjax.prefill(tiny.trained(), CONFIG, small(name, budget=budget), TOKENS[:1])
     slot = 2 * 2 * 16 * 4 + 4 * 3  # One more token in one layer: keys and values of two heads, and its bookkeeping.
     # Tokens that come or go together: a chunk, or a page that any head may fill.
     chunk = {"chunkkv": CHUNK, "adakv": Paged().page // CONFIG.num_kv_heads}.get(name, 1)
@@ -292,7 +291,8 @@ def test_rows_do_not_see_neighbours_order_or_padding(policy):
 
 def test_a_row_alone_without_padding(policy):
     row = 1
-    logits, cache = kvjax.prefill_logits(tiny.trained(), CONFIG, policy, ALONE)
+    tokens = TOKENS[row : row + 1, : LENGTHS[row]]
+    logits, cache = kvjax.prefill_logits(tiny.trained(), CONFIG, policy, tokens)
     want_logits, want = prefilled(policy)
     assert kept(cache, 0) == kept(want, row)
     np.testing.assert_allclose(logits[0], want_logits[row], atol=EXACT)
