@@ -19,7 +19,7 @@ def top_slots(scores: Array, number: Array, capacity: int) -> tuple[Array, Array
     Returns:
       Increasing slots [B, H, capacity] int32, and which of them count [B, H, capacity] bool.
     """
-    mine = spread(*scores.shape[:2], [scores.shape[2]]) if axes_in_use() else Spread()
+    mine = spread(scores.shape[0], scores.shape[1], [scores.shape[2]]) if axes_in_use() else Spread()
     if mine.slots:
         return _on_mesh(scores, number, capacity, mine)
     best, index = lax.top_k(scores, capacity)

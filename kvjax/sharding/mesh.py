@@ -19,7 +19,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     Raises:
       MeshError: An axis is unknown or named twice, or a size is no positive number.
     """
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = {axis: 1 for axis in AXES}
     named = set()
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, size = (piece.strip() for piece in part.partition("="))

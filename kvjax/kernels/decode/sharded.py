@@ -41,7 +41,8 @@ def decode(request: Request, mine: Spread, serve: Callable[[Request], Part]) -> 
         stored, tail = (None, None) if part.logits is None else (part.logits[..., :slots], part.logits[..., slots:])
         if mine.slots and has_logits[1]:
             tail = lax.pmax(tail, mine.slots)  # Of the device that has attended to it.
-        return part.out, part.lse, *(x for x, wanted in zip((stored, tail), has_logits, strict=True) if wanted)
+        logits = [x for x, wanted in zip((stored, tail), has_logits, strict=True) if wanted and x is not None]
+        return part.out, part.lse, *logits
 
     rows = mine.spec(request.q.shape, "batch", "heads")
     wide = mine.spec((*request.q.shape[:3], request.k.slots), "batch", "heads", "", "slots")

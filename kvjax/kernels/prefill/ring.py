@@ -75,7 +75,7 @@ def where(request: Request) -> Spread | None:
     length = request.place.shape[1]
     if SEQ not in sizes or length % (2 * sizes[SEQ]) or request.past is not None:
         return None
-    mine = spread(*request.k.shape[:2], [length])
+    mine = spread(request.k.shape[0], request.k.shape[1], [length])
     return Spread(mine.batch, mine.heads, (SEQ,), mine.sizes)
 
 

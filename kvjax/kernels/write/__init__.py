@@ -125,7 +125,9 @@ def take_block(leaf: Array, start: Array, size: int) -> Array:
     mine = sharded.where(leaf, whole=False)
     if mine is not None:
         mine = mine if _divides(leaf, size, mine) else dataclasses.replace(mine, slots=())
-        return sharded.take(leaf, start.clip(0, leaf.shape[2] - size), mine, lambda *own: take_block(*own, size))
+        return sharded.take(
+            leaf, start.clip(0, leaf.shape[2] - size), mine, lambda leaf, start: take_block(leaf, start, size)
+        )
     rest = (0,) * (leaf.ndim - 3)
     shape = (1, leaf.shape[1], size, *leaf.shape[3:])
 
