@@ -132,6 +132,18 @@ def alone() -> AbstractContextManager[Any]:
     return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
 
 
+def gathered(tree: Any) -> Any:
+    """Arrays [B, ...], all of their rows' parts on every device, before anything else is done with them."""
+    sizes = axes_in_use()
+    if not sizes:
+        return tree
+
+    def whole(x: Array) -> Array:
+        return lax.with_sharding_constraint(x, spread_on(sizes, x.shape[0], 1).spec(x.shape, "batch"))
+
+    return lax.optimization_barrier(jax.tree.map(whole, tree))
+
+
 def tokens_apart(x: Array) -> Array:
     """x [B, T, ...] with rows along "data" and tokens along "seq" of the mesh in use, where they divide."""
     sizes = axes_in_use()

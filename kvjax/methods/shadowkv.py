@@ -21,6 +21,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from kvjax.cache.low_rank import far_and_near
+from kvjax.kernels import mesh
 from kvjax.policies import Budget, Needs, Policy, register
 from kvjax.policies.budget import whole
 from kvjax.policies.observe import Prompt
@@ -63,22 +64,22 @@ class Shadow(Store):
 
     def build(self, prompt: Prompt, about: Built) -> Any:
         assert prompt.k_raw is not None
-        longest = prompt.k.shape[2]
-        return far_and_near(
-            prompt.k,
-            prompt.v,
-            prompt.k_raw,
-            prompt.pos,
-            rank=self.rank,
-            size=self.chunk,
-            local=self.local,
-            outliers=self.outliers,
-            reads=self.reads(about.obs.length),
-            most=max(int(whole(self.sparse.mean(longest))) // self.chunk, 1),
-            length=about.obs.length,
-            scale=self.landmark_scale,
-            host_gather=self.host_gather,
-        )
+        longest, reads = prompt.k.shape[2], self.reads(about.obs.length)
+        # The decomposition is of all heads and tokens together: on a mesh every device makes it.
+        arrays = mesh.gathered((prompt.k, prompt.v, prompt.k_raw, prompt.pos))
+        with mesh.alone():
+            return far_and_near(
+                *arrays,
+                rank=self.rank,
+                size=self.chunk,
+                local=self.local,
+                outliers=self.outliers,
+                reads=reads,
+                most=max(int(whole(self.sparse.mean(longest))) // self.chunk, 1),
+                length=about.obs.length,
+                scale=self.landmark_scale,
+                host_gather=self.host_gather,
+            )
 
     def check(self, config: Any) -> None:
         if config.mla is not None:
