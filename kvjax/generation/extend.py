@@ -31,9 +31,9 @@ def hidden_states(
     pos = jnp.where(valid, cache.seen[:, None] + order, EMPTY)
     x, attend = embed(params, config, tokens), attend_with(policy)
     x, layers, shared = run_layers(params, config, x, pos, cache.layers, cache.shared, attend)
-    layers, seen = tuple(map(settled, layers)), cache.seen + valid.sum(1, dtype=jnp.int32)
-    cache = dataclasses.replace(cache, layers=layers, shared=shared, seen=seen)
-    return x, cache if policy.transform is None else policy.transform.step(cache)
+    cache = dataclasses.replace(cache, layers=layers, shared=shared, seen=cache.seen + valid.sum(1, dtype=jnp.int32))
+    cache = cache if policy.transform is None else policy.transform.step(cache)
+    return x, dataclasses.replace(cache, layers=tuple(map(settled, cache.layers)))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "policy", "chunk"))

@@ -176,7 +176,10 @@ def assemble(policy: Policy, config: Config, layers: Any, lengths: jax.Array) ->
     """The whole cache, of its layers."""
     shared = policy.read.share(lengths.shape[0], config)
     cache = Cache(layers=tuple(layers), seen=lengths, shared=shared, config=config, policy=policy)
-    return cache if policy.transform is None else policy.transform.apply(cache, policy.layout)
+    if policy.transform is None:
+        return cache
+    cache = policy.transform.apply(cache, policy.layout)
+    return dataclasses.replace(cache, layers=tuple(settled(layer.even()) for layer in cache.layers))
 
 
 def compress(plan: Plan, observed: Observed) -> Cache:
