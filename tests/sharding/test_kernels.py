@@ -103,6 +103,16 @@ def test_tokens_move_whole(number, rng):
     np.testing.assert_array_equal(found.astype(jnp.float32), want.astype(jnp.float32))
 
 
+def test_a_block_may_be_larger_than_a_device_s_part(rng):
+    leaf, values = (jnp.asarray(rng.normal(size=(BATCH, HEADS, n, DIM)), jnp.float32) for n in (64, 16))
+    start = jnp.asarray([16, 48])
+    with jax.set_mesh(make_mesh("seq=8")):
+        found = jax.jit(write.put_block)(leaf, start, values)
+        taken = jax.jit(write.take_block, static_argnums=2)(found, start, 16)
+    np.testing.assert_array_equal(found, write.put_block(leaf, start, values))
+    np.testing.assert_array_equal(taken, values)
+
+
 def test_what_is_written_outside_is_dropped_on_every_device(rng):
     leaf, values = (jnp.asarray(rng.normal(size=(BATCH, HEADS, n, DIM)), jnp.float32) for n in (64, 4))
     slot = jnp.asarray([[[0, 63, 64, -1]], [[17, 8, 1000, 7]]], jnp.int32)

@@ -1,5 +1,7 @@
 """Every policy on eight devices, its cache over heads, over the sequence and over both, is the one on one device."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -68,8 +70,6 @@ def test_the_table_names_what_there_is():
 
     class Unknown:
         pass
-
-    import dataclasses
 
     cache = prefilled(policy_of("full"))[1]
     odd = dataclasses.replace(cache, layers=(dataclasses.make_dataclass("Odd", ["secret"])(Unknown()),))
