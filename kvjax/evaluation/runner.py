@@ -24,7 +24,7 @@ from jax import Array
 from kvjax.cache import EMPTY, Cache
 from kvjax.cache.types import tree_nbytes
 from kvjax.evaluation.results import Row, config_hash, versions, write_rows
-from kvjax.evaluation.score import divergence, feed, follow, likelihood, padded, predictions
+from kvjax.evaluation.score import divergence, feed, follow, likelihood, padded
 from kvjax.evaluation.speed import greedy
 from kvjax.evaluation.tasks import Ids, Sample, Task
 from kvjax.generation import observe, prefill
@@ -294,18 +294,18 @@ def _observe(model: Model, prompt: Ids, policies: Sequence[Policy]) -> Observed:
 
 def _ask(model: Model, observed: Observed, case: Case, settings: Settings) -> Iterator[Row]:
     """One row per policy: the full cache's first, whose continuation the others are led along."""
-    continuation, reference = [], jnp.zeros(())
+    continuation, reference = [], np.zeros(())
     for number, policy in enumerate(settings.policies, 1):
         tight, cache = _compressed(model, observed, case, policy)
         if not continuation:
             ids, _ = greedy(model, *_question(model, cache, case), case.tokens)
             continuation = np.asarray(ids)[0].tolist()
-            reference = predictions(model, follow(model, cache, case.question, continuation))
+            reference = follow(model, cache, case.question, continuation)
         answers = [
             likelihood(model, follow(model, cache, case.question, answer), answer) for answer in case.sample.answers
         ]
         best = max(answers, key=lambda answer: (answer.greedy, -answer.nll))
-        kl, top1 = divergence(model, follow(model, cache, case.question, continuation), reference)
+        kl, same = divergence(model, follow(model, cache, case.question, continuation), reference)
         nbytes, compressed = _sizes(tight, model.config, _dtype(model))
         yield {
             "policy": str(policy),
@@ -314,8 +314,8 @@ def _ask(model: Model, observed: Observed, case: Case, settings: Settings) -> It
             "nll": best.nll,
             "log_likelihood": best.log,
             "answer_tokens": best.tokens,
-            "kl": kl,
-            "top1": top1,
+            "kl": float(kl.mean()),
+            "top1": float(same.mean()),
             "nbytes": nbytes,
             "nbytes_full_layers": compressed,
             "compression": cache.full_nbytes / nbytes,

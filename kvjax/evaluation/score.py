@@ -14,17 +14,18 @@ import numpy as np
 from jax import Array, lax
 
 from kvjax.cache import Cache
-from kvjax.generation import extend_hidden
-from kvjax.model import Model, bucket
+from kvjax.generation import Sampler, decode, extend_hidden
+from kvjax.model import Model
 from kvjax.models.config import Config
 from kvjax.models.transformer import Params, unembed
 
-ROWS = 16  # Tokens whose logits exist at once; fed tokens are padded to multiples of it.
+ROWS = 16  # Tokens whose logits exist at once.
+PIECE = 16  # Tokens that one compiled loop writes: one compilation serves answers of all lengths.
 
 
 def padded(length: int) -> int:
-    """The padded length of a question with its answer."""
-    return bucket(length, ROWS)
+    """The padded length of a question with its answer: the next power of two, so that few lengths are compiled."""
+    return max(ROWS, 1 << (length - 1).bit_length())
 
 
 def feed(model: Model, cache: Cache, ids: Sequence[int], length: int) -> tuple[np.ndarray, Cache]:
@@ -69,15 +70,9 @@ def _likelihoods(params: Params, config: Config, x: Array, targets: Array) -> tu
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _log_probs(params: Params, config: Config, x: Array) -> Array:
-    return lax.map(lambda x: jax.nn.log_softmax(unembed(params, config, x), -1), x)
-
-
-@functools.partial(jax.jit, static_argnames="config")
 def _divergences(params: Params, config: Config, x: Array, reference: Array) -> tuple[Array, Array]:
     def rows(args: tuple[Array, Array]) -> tuple[Array, Array]:
-        x, log_p = args
-        log_q = jax.nn.log_softmax(unembed(params, config, x), -1)
+        log_q, log_p = (jax.nn.log_softmax(unembed(params, config, x), -1) for x in args)
         kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
         return kl, jnp.argmax(log_q, -1) == jnp.argmax(log_p, -1)
 
@@ -113,18 +108,51 @@ def likelihood(model: Model, x: np.ndarray, answer: Sequence[int]) -> Likelihood
     return Likelihood(float(log_p.sum()), number, bool(np.asarray(best).ravel()[:number].all()))
 
 
-def predictions(model: Model, x: np.ndarray) -> Array:
-    """Log-probabilities [N / ROWS, ROWS, vocab] float32 after hidden states x [N, hidden], for `divergence`."""
-    return _log_probs(model.params, model.config, _in_rows(x))
-
-
-def divergence(model: Model, x: np.ndarray, reference: Array) -> tuple[float, float]:
-    """How predictions from hidden states x [N, hidden] differ from the reference's `predictions`.
+def divergence(model: Model, x: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How predictions from hidden states x [N, hidden] differ from those of a reference [N, hidden].
 
     Returns:
-      Mean KL(reference || x) in nats per token, and the share of tokens where the likeliest is the same.
+      KL(reference || x) in nats [N] float64, and whether the likeliest token is the same [N] bool.
     """
-    kl, same = _divergences(model.params, model.config, _in_rows(x), reference)
-    number = len(x)
-    kl, same = (np.asarray(value, np.float64).ravel()[:number].mean() for value in (kl, same))
-    return float(kl), float(same)
+    kl, same = _divergences(model.params, model.config, _in_rows(x), _in_rows(reference))
+    return np.asarray(kl, np.float64).ravel()[: len(x)], np.asarray(same).ravel()[: len(x)]
+
+
+def write(
+    model: Model,
+    cache: Cache,
+    logits: Array,
+    limit: int,
+    sampler: Sampler = Sampler(),  # noqa: B008
+    stop: tuple[int, ...] = (),
+) -> list[int]:
+    """Continues one sequence for `limit` tokens, or until one of `stop` is drawn.
+
+    Args:
+      cache: With room for `limit` tokens, and for as many as make it a multiple of `PIECE`; stays usable.
+      logits: Of the first token [1, vocab]; stay usable.
+      sampler: Greedy by default; draws depend on the place in the continuation alone.
+
+    Returns:
+      Token ids, without the one that ended it.
+    """
+    ids: list[int] = []
+    cache, logits = jax.tree.map(jnp.copy, (cache, logits))  # Decoding takes them away.
+    done = jnp.zeros(logits.shape[0], bool)
+    while len(ids) < limit and not bool(done[0]):
+        key = jax.random.key(len(ids))
+        tokens, count, logits, done, cache = decode(
+            model.params,
+            model.config,
+            cache.policy,
+            cache,
+            logits,
+            key,
+            done,
+            sampler=sampler,
+            max_new_tokens=PIECE,
+            stop=stop,
+        )
+        ids += tokens[0, : int(count[0])].tolist()
+    ids = ids[:limit]
+    return ids[:-1] if ids and ids[-1] in stop else ids
