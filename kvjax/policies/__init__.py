@@ -19,6 +19,7 @@ from kvjax.policies.registry import (
     as_policy as as_policy,
     methods as methods,
     parse_policy as parse_policy,
+    without_budget as without_budget,
     policy as policy,
     register as register,
 )

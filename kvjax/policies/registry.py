@@ -146,13 +146,16 @@ def parse_policy(text: str, budget: Any = None) -> Policy:
     Raises:
       PolicyError: It cannot be read, or a part of it makes no sense.
     """
+    return _build(_tree(text), text, budget)
+
+
+def _tree(text: str) -> ast.expr:
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        return ast.parse(text.strip(), mode="eval").body
     except SyntaxError as error:
         raise PolicyError(
             f"Cannot read the policy {text!r}: {error.msg}. Write it like snapkv(0.25) | kivi(bits=2)."
         ) from None
-    return _build(tree, text, budget)
 
 
 def _build(node: ast.expr, text: str, budget: Any) -> Policy:
@@ -184,6 +187,28 @@ def _value(node: ast.expr, text: str) -> Any:
         return ast.literal_eval(node)
     except ValueError:
         raise PolicyError(f"Cannot read the value {ast.unparse(node)!r} in the policy {text!r}.") from None
+
+
+def without_budget(text: str) -> tuple[str, str | None]:
+    """What a policy is called whatever its size, and its first budget as it was written: "snapkv(0.25) | kivi" is
+    ("snapkv | kivi", "0.25"); of a policy without a budget ("kivi", None).
+
+    Raises:
+      PolicyError: It cannot be read.
+    """
+    tree, found = _tree(text), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in methods():
+            first = next(iter(methods()[node.func.id].parameters), None)
+            if first == "budget" and node.args:
+                found.append(node.args.pop(0))
+            for keyword in [keyword for keyword in node.keywords if keyword.arg == "budget"]:
+                node.keywords.remove(keyword)
+                found.append(keyword.value)
+    written = [
+        str(ast.literal_eval(value)) if isinstance(value, ast.Constant) else ast.unparse(value) for value in found
+    ]
+    return ast.unparse(tree).replace("()", ""), written[0] if written else None
 
 
 def as_policy(value: "Policy | str | None") -> Policy:

@@ -1,4 +1,4 @@
-"""Decode steps of whole pods compile with the kernels that are chosen by default, and caches stay where they are."""
+"""Decode steps and prompts of whole pods compile with the default kernels, and caches stay where they are."""
 
 import importlib.util
 
@@ -10,9 +10,12 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 GB = 10**9
 
 
-def planned(model: str, policy: str, topology: str, mesh: str) -> plan.Planned:
-    question, place = plan.ask(model, policy, 2**20, 4, topology, mesh)
-    return plan.answer(question, place)
+CONTEXT, BATCH = 2**20, 4
+
+
+def planned(model: str, policy: str, topology: str, mesh: str, prefill: bool) -> plan.Planned:
+    question, place = plan.ask(model, policy, CONTEXT, BATCH, topology, mesh)
+    return plan.answer(question, place, prefill=prefill)
 
 
 @pytest.mark.slow
@@ -26,8 +29,8 @@ def planned(model: str, policy: str, topology: str, mesh: str) -> plan.Planned:
         ("llama3.1-8b", "snapkv(0.1) | kivi(bits=2)", "v5e:16x16", "seq=32,model=8", 2.4 * GB),
     ],
 )
-def test_decode_at_a_million_tokens(model, policy, topology, mesh, at_most):
-    found = planned(model, policy, topology, mesh)
+def test_a_million_tokens(model, policy, topology, mesh, at_most):
+    found = planned(model, policy, topology, mesh, prefill=policy == "full")
     memory, layers = found.memory, found.layers
     assert found.fits and memory.total <= at_most
     # What the compiler takes for its arguments is what shapes and shardings say.
@@ -39,6 +42,22 @@ def test_decode_at_a_million_tokens(model, policy, topology, mesh, at_most):
     assert {one.kind for one in found.collectives} == {"all-reduce"}
     assert sum(one.count for one in found.collectives) <= 5 * layers + 8
     assert max(one.largest for one in found.collectives) <= 2**20
+    if policy == "full":
+        check_prompts(found)
+
+
+def check_prompts(found: plan.Planned) -> None:
+    """A layer at a time: what it works on is a few times the hidden states of a device's own tokens."""
+    question, memory = found.question, found.memory
+    hidden = CONTEXT * BATCH // question.mesh["seq"] * question.config.hidden_size * 2
+    assert found.working is not None and hidden < found.working <= 5 * hidden
+    assert found.peak == memory.params + memory.cache + found.working <= memory.limit
+    assert dict(found.prefill_kernels)["prefill_flash"] >= found.layers
+    # Keys and values go from neighbour to neighbour, one device's part at a time; nothing is gathered.
+    sent = {one.kind: one.largest for one in found.prefill_collectives}
+    assert set(sent) == {"all-reduce", "collective-permute"}
+    assert sent["collective-permute"] <= 2 * memory.cache / found.layers
+    assert sent["all-reduce"] <= hidden
 
 
 @pytest.mark.slow

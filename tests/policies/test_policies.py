@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 
 import kvjax
-from kvjax.policies import Budget, Evict, Phase, Policy, Pyramid, Ring, Uniform, as_policy
+from kvjax.policies import Budget, Evict, Phase, Policy, Pyramid, Ring, Uniform, as_policy, without_budget
 from kvjax.policies.plan import abstract_cache, nbytes
 from kvjax.policies.score import KeyNorm, WindowAttention
 from tests import tiny
@@ -133,6 +133,21 @@ def test_parsing_is_calling():
     assert kvjax.parse_policy("snapkv(0.5)", budget=0.25) == kvjax.policy("snapkv", 0.5)
     assert kvjax.parse_policy("full", budget=0.25) == Policy()
     assert as_policy(None) == Policy() and as_policy("tova(9)") == kvjax.policy("tova", 9)
+
+
+@pytest.mark.parametrize(
+    ("text", "method", "budget"),
+    [
+        ("full", "full", None),
+        ("kivi(bits=2)", "kivi(bits=2)", None),
+        ("snapkv(0.25) | kivi(bits=2)", "snapkv | kivi(bits=2)", "0.25"),
+        ("chunkkv(512, score=snapkv(window=16))", "chunkkv(score=snapkv(window=16))", "512"),
+        ("adakv('25%B', window=16)", "adakv(window=16)", "25%B"),
+        ("quest(budget=0.5)", "quest", "0.5"),
+    ],
+)
+def test_a_method_without_its_budget(text, method, budget):
+    assert without_budget(text) == (method, budget)
 
 
 @pytest.mark.parametrize("name", kvjax.methods())
