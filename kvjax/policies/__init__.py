@@ -19,9 +19,9 @@ from kvjax.policies.registry import (
     as_policy as as_policy,
     methods as methods,
     parse_policy as parse_policy,
-    without_budget as without_budget,
     policy as policy,
     register as register,
+    without_budget as without_budget,
 )
 from kvjax.policies.select import AcrossHeads as AcrossHeads, TopChunks as TopChunks, TopTokens as TopTokens
 from kvjax.policies.stage import (
