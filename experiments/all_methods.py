@@ -21,6 +21,7 @@ import jax
 import kvjax
 from kvjax.evaluation import (
     Settings,
+    answered,
     make_cases,
     make_folder,
     make_task,
@@ -87,7 +88,7 @@ def grouped(summaries: Sequence[dict[str, Any]], names: dict[str, str]) -> dict[
 
 
 def cell(row: dict[str, Any] | None) -> str:
-    return "" if row is None else f"{row['correct']}/{row['samples']} ({row['nll']:.2f})"
+    return "" if row is None else f"{answered(row)} ({row['nll']:.2f})"
 
 
 def table(found: dict[str, dict[str, dict[float, dict[str, Any]]]], full: dict[str, dict[str, Any]]) -> str:

@@ -94,9 +94,7 @@ def main() -> None:
         )
         plot(summarize(rows), folder / "pareto.png", f"Needles, question-{protocol}")
         label = {text: str(kvjax.parse_policy(text)) for text in texts}
-        answered[protocol] = {
-            text: sum(row["correct"] for row in rows if row["policy"] == label[text]) for text in texts
-        }
+        answered[protocol] = {text: sum(row["score"] for row in rows if row["policy"] == label[text]) for text in texts}
         number = len(cases)
     text = table(answered, number)
     (args.out / "table.md").write_text(text)

@@ -55,7 +55,7 @@ def accuracy(model: kvjax.Model, name: str, policies: tuple[kvjax.Policy, ...], 
     found = []
     for policy in policies:
         mine = [row for row in rows if row["policy"] == str(policy)]
-        found.append((np.mean([row["correct"] for row in mine]), np.mean([row["compression"] for row in mine])))
+        found.append((np.mean([row["score"] for row in mine]), np.mean([row["compression"] for row in mine])))
     return found
 
 

@@ -71,7 +71,7 @@ def compare(model: kvjax.Model, policies: tuple[kvjax.Policy, ...], args: argpar
     lines = []
     for policy in policies:
         mine = [row for row in rows if row["policy"] == str(policy)]
-        right, compression, nll = (np.mean([row[name] for row in mine]) for name in ("correct", "compression", "nll"))
+        right, compression, nll = (np.mean([row[name] for row in mine]) for name in ("score", "compression", "nll"))
         lines.append(f"| {policy} | {right:.0%} | {nll:.3f} | {compression:.2f} |")
     return "| policy | needles | NLL | compression |\n|---|---|---|---|\n" + "\n".join(lines) + "\n"
 

@@ -20,8 +20,7 @@ from kvjax.commands.common import console, notes, print_wide, user_errors
 from kvjax.commands.plan import plan
 
 if TYPE_CHECKING:
-    from kvjax.evaluation import Task
-    from kvjax.evaluation.runner import Settings
+    from kvjax.evaluation import Settings, Task
     from kvjax.model import Model
 
 MODEL = "gemma3-270m"

@@ -1,6 +1,15 @@
 """Tasks, the runner that asks every policy the same, and the report. `kvjax compare` puts them together."""
 
+from kvjax.evaluation.cases import (
+    Settings as Settings,
+    check as check,
+    make_cases as make_cases,
+    parse_policies as parse_policies,
+    resolved_config as resolved_config,
+    servable as servable,
+)
 from kvjax.evaluation.report import (
+    answered as answered,
     bench_table as bench_table,
     plot as plot,
     summarize as summarize,
@@ -8,14 +17,6 @@ from kvjax.evaluation.report import (
     title as title,
 )
 from kvjax.evaluation.results import config_hash as config_hash, make_folder as make_folder, read_rows as read_rows
-from kvjax.evaluation.runner import (
-    Settings as Settings,
-    check as check,
-    make_cases as make_cases,
-    parse_policies as parse_policies,
-    resolved_config as resolved_config,
-    run as run,
-    servable as servable,
-)
+from kvjax.evaluation.runner import run as run
 from kvjax.evaluation.speed import bench as bench
 from kvjax.evaluation.tasks import Sample as Sample, Task as Task, make_task as make_task

@@ -36,8 +36,8 @@ def _summary(rows: Sequence[Row]) -> Row:
     nll = -sum(row["log_likelihood"] for row in rows) / tokens
     speeds = [row["decode_tokens_per_s"] for row in rows if row["decode_tokens_per_s"]]
     quality: Row = {"perplexity": math.exp(nll)}
-    if rows[0]["metric"] == "accuracy":
-        quality = {"correct": sum(row["correct"] for row in rows), "accuracy": mean("correct")}
+    if "score" in rows[0]:
+        quality = {"score": mean("score")}
     return {
         "policy": rows[0]["policy"],
         "phase": phase(parse_policy(rows[0]["policy"])),
@@ -75,24 +75,31 @@ def megabytes(nbytes: float) -> str:
     return f"{number:.0f} MB" if number >= 100 else f"{number:.1f} MB" if number >= 1 else f"{nbytes / 1e3:.1f} kB"
 
 
+def answered(summary: Row) -> str:
+    """How many questions were answered, or which part of the references where answers may be right in part."""
+    right = summary["score"] * summary["samples"]
+    whole = abs(right - round(right)) < 1e-6
+    return f"{right:.0f}/{summary['samples']}" if whole else f"{100 * summary['score']:.1f} %"
+
+
 def table(summaries: Sequence[Row], heading: str = "") -> Table:
     """For the terminal. Bytes are those of the whole cache, and of its full-attention layers, which policies act on."""
-    accuracy = "accuracy" in summaries[0]
+    scored = "score" in summaries[0]
     mixed = any(row["nbytes_full_layers"] != row["nbytes"] for row in summaries)
     out = Table(title=heading, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
     out.add_column("policy", no_wrap=True)
-    for name in ("answered" if accuracy else "perplexity", "NLL", "KL", "top-1", "cache", "smaller"):
+    for name in ("answered" if scored else "perplexity", "NLL", "KL", "top-1", "cache", "smaller"):
         out.add_column(name, justify="right", no_wrap=True)
     if mixed:
         out.add_column("full-attn. layers", justify="right", no_wrap=True)
     out.add_column("decoding", justify="right", no_wrap=True)
-    best = max(row["accuracy"] for row in summaries) if accuracy else None
+    best = max(row["score"] for row in summaries) if scored else None
     for row in summaries:
         first = summaries[0]
-        quality = f"{row['correct']}/{row['samples']}" if accuracy else f"{row['perplexity']:.2f}"
+        quality = answered(row) if scored else f"{row['perplexity']:.2f}"
         cells = [
             row["policy"],
-            f"[bold]{quality}[/]" if accuracy and row["accuracy"] == best else quality,
+            f"[bold]{quality}[/]" if scored and row["score"] == best else quality,
             f"{row['nll']:.3f}",
             f"{row['kl']:.3f}",
             f"{100 * row['top1']:.0f} %",
@@ -153,8 +160,8 @@ class Panel:
 
 
 PANELS = {
-    "accuracy": (
-        Panel("accuracy", "answered, %", 100.0, more=True, log=False),
+    "score": (
+        Panel("score", "answered, %", 100.0, more=True, log=False),
         Panel("nll", "NLL of the answer, nats per token"),
     ),
     "perplexity": (
@@ -184,7 +191,7 @@ def plot(summaries: Sequence[Row], path: pathlib.Path, heading: str = "") -> Non
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = PANELS["accuracy" if "accuracy" in summaries[0] else "perplexity"]
+    panels = PANELS["score" if "score" in summaries[0] else "perplexity"]
     style: Any = {"font.size": 10, "axes.edgecolor": MUTED, "text.color": INK, "axes.labelcolor": INK}
     with pyplot.rc_context(style):
         figure, axes = pyplot.subplots(1, len(panels), figsize=(6.4 * len(panels), 5.2), dpi=150, layout="constrained")

@@ -75,20 +75,25 @@ def read_rows(folder: pathlib.Path, config: Mapping[str, Any], overwrite: bool =
 
 
 def write_rows(folder: pathlib.Path, rows: Sequence[Row]) -> None:
-    """Replaces the file of rows at once: a reader sees the old rows or the new ones, whenever this process is killed.
+    """Replaces the file of rows: a reader sees the old ones or the new ones, whenever this process is killed."""
+    write_json(folder / FILE, rows)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Replaces a file at once.
 
     A bucket that is mounted as a folder renames by a copy, which is as atomic, and a deletion. Of several processes,
-    which have the same rows and may share the folder, the first writes.
+    which have the same values and may share the folder, the first writes.
     """
     if jax.process_index() > 0:
         return
-    partial = folder / PARTIAL
+    partial = path.with_name(f"{path.name}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1, allow_nan=True)
+            json.dump(value, file, indent=1, allow_nan=True)
             file.flush()
             os.fsync(file.fileno())  # Or a machine that goes down could keep the new name and lose the content.
-        os.replace(partial, folder / FILE)
+        os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

@@ -124,35 +124,29 @@ def write(
     logits: Array,
     limit: int,
     sampler: Sampler = Sampler(),  # noqa: B008
-    stop: tuple[int, ...] = (),
+    stop: Sequence[int] = (),
 ) -> list[int]:
     """Continues one sequence for `limit` tokens, or until one of `stop` is drawn.
 
     Args:
-      cache: With room for `limit` tokens, and for as many as make it a multiple of `PIECE`; stays usable.
+      cache: With room for `limit` tokens in multiples of `PIECE`; stays usable.
       logits: Of the first token [1, vocab]; stay usable.
-      sampler: Greedy by default; draws depend on the place in the continuation alone.
+      sampler: Greedy by default; what is drawn depends on logits and the place in the continuation alone.
 
     Returns:
-      Token ids, without the one that ended it.
+      Token ids, without the one that ended them.
     """
     ids: list[int] = []
     cache, logits = jax.tree.map(jnp.copy, (cache, logits))  # Decoding takes them away.
     done = jnp.zeros(logits.shape[0], bool)
-    while len(ids) < limit and not bool(done[0]):
+    while len(ids) < limit:
         key = jax.random.key(len(ids))
-        tokens, count, logits, done, cache = decode(
-            model.params,
-            model.config,
-            cache.policy,
-            cache,
-            logits,
-            key,
-            done,
-            sampler=sampler,
-            max_new_tokens=PIECE,
-            stop=stop,
+        tokens, _, logits, _, cache = decode(
+            model.params, model.config, cache.policy, cache, logits, key, done, sampler=sampler, max_new_tokens=PIECE
         )
-        ids += tokens[0, : int(count[0])].tolist()
-    ids = ids[:limit]
-    return ids[:-1] if ids and ids[-1] in stop else ids
+        piece = tokens[0].tolist()
+        end = next((i for i, token in enumerate(piece) if token in stop), None)
+        ids += piece[:end]
+        if end is not None:
+            break
+    return ids[:limit]

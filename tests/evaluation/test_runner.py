@@ -24,6 +24,7 @@ from kvjax.evaluation import (
 )
 from kvjax.evaluation.report import pareto_front, plot, table, title
 from kvjax.evaluation.results import FILE
+from kvjax.evaluation.runner import KEPT
 from kvjax.policies import PolicyError
 from tests import tiny
 
@@ -98,7 +99,7 @@ def test_what_greedy_decoding_writes_is_correct(model, tmp_path):
         folder = tmp_path / policy[:4]
         make_folder(folder)
         row = next(row for row in go(model, make_task(str(path)), folder, settings) if row["policy"] == policy)
-        assert row["correct"]
+        assert row["score"] == 1
 
 
 def test_every_policy_scores_and_weighs_as_its_own_prefill(model, ran):
@@ -112,8 +113,10 @@ def test_every_policy_scores_and_weighs_as_its_own_prefill(model, ran):
         assert row["kept"] == held
         if given is ROWS[0]:
             answer = given["answer_ids"]
-            logits, _ = model.extend(cache, given["question_ids"] + answer)
-            log_p = np.asarray(jax.nn.log_softmax(logits[0], -1))[-len(answer) - 1 : -1]
+            # The question is in the cache before the answer comes: what is packed by then is read as packed.
+            asked, cache = model.extend(cache, given["question_ids"])
+            logits, _ = model.extend(cache, answer)
+            log_p = np.asarray(jax.nn.log_softmax(jnp.concatenate([asked[0, -1:], logits[0, :-1]]), -1))
             assert row["log_likelihood"] == pytest.approx(log_p[range(len(answer)), answer].sum(), abs=2e-3)
 
 
@@ -145,12 +148,12 @@ def test_an_interrupted_run_goes_on(model, task, tmp_path, monkeypatch):
     settings = Settings(policies=parse_policies("full; knorm(0.5)"), speed=False, tokens=4)
     first = go(model, task, tmp_path, settings, count=1)
     seen = []
-    observe = runner._observe
-    monkeypatch.setattr(runner, "_observe", lambda *args: seen.append(1) or observe(*args))
+    see = runner.see
+    monkeypatch.setattr(runner, "see", lambda *args: seen.append(1) or see(*args))
     rows = go(model, task, tmp_path, settings)
     assert rows[:2] == first and len(rows) == 4 and len(seen) == 1
     assert json.loads((tmp_path / FILE).read_text()) == rows
-    assert [file.name for file in tmp_path.iterdir()] == [FILE]
+    assert {file.name for file in tmp_path.iterdir()} == {FILE, KEPT}
 
 
 def test_a_sample_that_fails_leaves_the_file_whole(model, task, tmp_path, monkeypatch):
@@ -160,7 +163,7 @@ def test_a_sample_that_fails_leaves_the_file_whole(model, task, tmp_path, monkey
     monkeypatch.setattr(runner, "config_hash", lambda config: object())  # Cannot be written as JSON.
     with pytest.raises(TypeError):
         go(model, task, tmp_path, settings)
-    assert (tmp_path / FILE).read_bytes() == before and [file.name for file in tmp_path.iterdir()] == [FILE]
+    assert (tmp_path / FILE).read_bytes() == before and {file.name for file in tmp_path.iterdir()} == {FILE, KEPT}
 
 
 def test_results_of_other_settings_are_refused(model, task, tmp_path):
@@ -178,8 +181,8 @@ def test_questions_about_one_context_share_its_prefill(model, tmp_path, monkeypa
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(ROWS[0] | {"answer_ids": [i]}) for i in (5, 6, 7)))
     seen = []
-    observe = runner._observe
-    monkeypatch.setattr(runner, "_observe", lambda *args: seen.append(1) or observe(*args))
+    see = runner.see
+    monkeypatch.setattr(runner, "see", lambda *args: seen.append(1) or see(*args))
     go(
         model,
         make_task(str(path)),
@@ -212,7 +215,7 @@ def test_the_report(ran, tmp_path):
     assert table(summaries).row_count == len(summaries) and "2 samples" in title(rows)
     plot(summaries, tmp_path / "pareto.png", title(rows))
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
-    perplexity = [{**row, "metric": "perplexity"} for row in rows]
+    perplexity = [{key: value for key, value in row.items() if key != "score"} for row in rows]
     again = summarize(perplexity)
     assert again[0]["perplexity"] == pytest.approx(math.exp(summaries[0]["nll"]))
     plot(again, tmp_path / "ppl.png", title(perplexity))
@@ -230,4 +233,4 @@ def test_gemma_finds_every_needle_in_its_full_cache(gemma, tmp_path):
     task = make_task("needle", count=3)
     settings = Settings(policies=parse_policies("full; random(0.25)"), speed=False)
     summaries = summarize(go(gemma, task, tmp_path, settings))
-    assert summaries[0]["correct"] == 3 and summaries[1]["correct"] == 0
+    assert summaries[0]["score"] == 1 and summaries[1]["score"] == 0
