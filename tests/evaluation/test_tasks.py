@@ -5,26 +5,23 @@ import json
 import pytest
 
 import kvjax
-from kvjax.checkpoints import Tokenizer
 from kvjax.evaluation import make_task
-from kvjax.evaluation.tasks import Needle, Perplexity, library_text, read_json_lines, split_answers
-
-
-class Letters:
-    """Every character is a token, in the place of a `tokenizers.Tokenizer`; ids are code points."""
-
-    def encode(self, text, add_special_tokens=False):
-        return type("Encoding", (), {"ids": [ord(letter) for letter in text]})
-
-    def decode(self, ids, skip_special_tokens=False):
-        return "".join(map(chr, ids))
+from kvjax.evaluation.tasks import (
+    TASKS,
+    Needle,
+    Perplexity,
+    groups,
+    library_text,
+    make_tasks,
+    read_json_lines,
+    split_answers,
+)
+from tests.evaluation.letters import MODEL
 
 
 @pytest.fixture(scope="module")
 def model():
-    from tests import tiny
-
-    return kvjax.Model({}, tiny.CONFIG, Tokenizer(Letters(), bos_id=1, eos_ids=()))  # type: ignore[arg-type]
+    return MODEL
 
 
 @pytest.mark.parametrize("needles", [1, 3])
@@ -69,16 +66,39 @@ def test_an_answer_begins_where_its_tokens_do(model):
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"name": "needl"}, "no task 'needl'"),
+        ({"name": "needl"}, "no task 'needl'.*; did you mean needle?"),
+        ({"name": "rular"}, "did you mean ruler?"),
+        ({"name": "ruler"}, "ruler is a group of tasks: niah_single_1, "),
         ({"name": "needle", "count": 0}, "samples must be at least 1"),
         ({"name": "needle", "needles": 99}, "cities"),
-        ({"name": "ppl", "needles": 2}, "parameter of the task needle"),
+        (
+            {"name": "ppl", "needles": 2},
+            "needles: no parameter of the task ppl. It has context, count, continuation, seed",
+        ),
+        ({"name": "vt", "hop": 2}, "hop: no parameter of the task vt; did you mean hops?"),
         ({"name": "ppl", "context": 0}, "context must be at least"),
     ],
 )
 def test_bad_tasks(parameters, message):
     with pytest.raises(ValueError, match=message):
         make_task(**parameters)
+
+
+def test_none_stands_for_the_default():
+    assert make_task("needle", context=None, count=None, needles=None, seed=0) == Needle()
+    assert make_task("ppl", context=50, needles=None) == Perplexity(context=50)
+
+
+def test_groups():
+    for name, entry in TASKS.items():
+        assert name in groups()[entry.group] and entry.about and "count" in entry.parameters
+    tasks = make_tasks("text", context=60, continuation=10)
+    assert Perplexity(context=60, continuation=10) in tasks
+    assert make_tasks("needle", context=99) == (Needle(context=99),)
+    with pytest.raises(ValueError, match="hop: no parameter of any task of text"):
+        make_tasks("text", hop=3)
+    with pytest.raises(ValueError, match="The task qa_1 needs path"):
+        make_tasks("ruler")
 
 
 def test_a_context_too_short_for_its_needles(model):

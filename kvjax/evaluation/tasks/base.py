@@ -6,7 +6,7 @@ Text comes from the manual that ships with Python (`pydoc_data.topics`), or from
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from kvjax.checkpoints import Tokenizer
@@ -95,13 +95,23 @@ def digest(text: str | bytes) -> str:
     return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()[:12]
 
 
-def library_ids(model: Model, task: str) -> tuple[Tokenizer, list[int]]:
+def tokenizer_of(model: Model, task: str) -> Tokenizer:
+    """The model's tokenizer.
+
+    Raises:
+      ValueError: It has none, so a task of text cannot be asked.
+    """
     if model.tokenizer is None:
         raise ValueError(
             f"The task {task!r} is made of text, and this checkpoint has no tokenizer. Give a file of token ids: "
             '{"context_ids": [...], "question_ids": [...], "answer_ids": [...]} on every line.'
         )
-    return model.tokenizer, model.tokenizer.encode(library_text(), add_bos=False)
+    return model.tokenizer
+
+
+def library_ids(model: Model, task: str) -> tuple[Tokenizer, list[int]]:
+    tokenizer = tokenizer_of(model, task)
+    return tokenizer, tokenizer.encode(library_text(), add_bos=False)
 
 
 def bos(tokenizer: Tokenizer) -> Ids:
@@ -126,3 +136,53 @@ def split_answers(tokenizer: Tokenizer, question: str, answers: Sequence[str]) -
     ]
     cut = min(*shared, *(len(ids) - 1 for ids in together))
     return tuple(alone[:cut]), tuple(tuple(ids[cut:]) for ids in together)
+
+
+def spaced(question: str, answer: str) -> str:
+    """The answer as it follows the question: with a space, where neither brings a space or line break of its own."""
+    return answer if question[-1:].isspace() or answer[:1].isspace() else " " + answer
+
+
+def text_sample(
+    tokenizer: Tokenizer, *, id: str, context: str, question: str, answers: Sequence[str], **more: Any
+) -> Sample:
+    """A sample of texts.
+
+    Args:
+      context: Compressed; BOS is put in front.
+      answers: Any of them counts; see `spaced`.
+      **more: Further fields of the sample.
+
+    Raises:
+      ValueError: The question has no token of its own before the answer begins.
+    """
+    ids, answer_ids = split_answers(tokenizer, question, [spaced(question, answer) for answer in answers])
+    if not ids:
+        raise ValueError(f"The question of sample {id} has no token of its own before the answer begins.")
+    return Sample(id=id, context_ids=tuple(tokenizer.encode(context)), question_ids=ids, answers=answer_ids, **more)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """How a task is built from its name.
+
+    Attributes:
+      kind: A dataclass that implements `Task`.
+      group: The name under which all tasks of the family are asked for.
+      about: What it asks, in a line.
+      fixed: Parameters of `kind` that make the task what its name says.
+    """
+
+    kind: Callable[..., Task]
+    group: str
+    about: str
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What may be given, with defaults; a default of `dataclasses.MISSING` must be given."""
+        fields = dataclasses.fields(self.kind)  # type: ignore[arg-type]
+        return {field.name: field.default for field in fields if field.init and field.name not in self.fixed}
+
+    def build(self, **parameters: Any) -> Task:
+        return self.kind(**self.fixed, **parameters)

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvjax.checkpoints import Tokenizer
 from kvjax.evaluation.tasks.base import (
+    Entry,
     Metric,
     Sample,
     bos,
@@ -110,3 +111,6 @@ def _equally_long(tokenizer: Tokenizer, least: int) -> list[str]:
     lengths = {city: len(tokenizer.encode(QUESTION.format(city=city), add_bos=False)) for city in CITIES}
     ((common, number),) = collections.Counter(lengths.values()).most_common(1)
     return [city for city in CITIES if lengths[city] == common] if number >= least else list(CITIES)
+
+
+TASKS = {"needle": Entry(kind=Needle, group="needle", about="finds a number in a text")}

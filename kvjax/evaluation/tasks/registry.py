@@ -1,0 +1,94 @@
+"""Tasks by name, and groups of them."""
+
+import dataclasses
+import difflib
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from kvjax.evaluation.tasks import needle, ruler
+from kvjax.evaluation.tasks.base import Entry, Task
+from kvjax.evaluation.tasks.jsonl import read_json_lines
+from kvjax.evaluation.tasks.text import Perplexity
+
+TEXT = {"ppl": Entry(kind=Perplexity, group="text", about="goes on with a text: perplexity")}
+TASKS: Mapping[str, Entry] = {**needle.TASKS, **TEXT, **ruler.TASKS}
+
+
+def groups() -> dict[str, tuple[str, ...]]:
+    """The names of each group's tasks."""
+    names = dict.fromkeys(entry.group for entry in TASKS.values())
+    return {group: tuple(name for name, entry in TASKS.items() if entry.group == group) for group in names}
+
+
+def make_task(name: str, **parameters: Any) -> Task:
+    """A task by its name, or from a file of JSON lines.
+
+    Args:
+      name: One of `TASKS`, or the path of a file.
+      **parameters: Of the task; None stands for the task's own default. `seed` may be given to any task.
+
+    Raises:
+      ValueError: There is no such task or file, or a parameter does not fit the task; the message says what would.
+    """
+    given = {key: _hashable(value) for key, value in parameters.items() if value is not None}
+    entry = TASKS.get(name)
+    if entry is None:
+        return _from_file(name, given)
+    known = entry.parameters
+    if "seed" not in known:
+        given.pop("seed", None)
+    if wrong := [key for key in given if key not in known]:
+        raise ValueError(
+            f"{' and '.join(wrong)}: no parameter of the task {name}{_meant(wrong[0], known)}. It has "
+            f"{', '.join(known)}."
+        )
+    if missing := [key for key, default in known.items() if default is dataclasses.MISSING and key not in given]:
+        raise ValueError(f"The task {name} needs {' and '.join(missing)}: {entry.about}.")
+    return entry.build(**given)
+
+
+def make_tasks(name: str, **parameters: Any) -> tuple[Task, ...]:
+    """All tasks of a group, or the one of that name.
+
+    Args:
+      name: A group such as "ruler", a task or a file.
+      **parameters: As of `make_task`; in a group each goes to the tasks that have it.
+
+    Raises:
+      ValueError: As `make_task` does, or no task of the group has the parameter.
+    """
+    members = groups().get(name, ())
+    if name in TASKS or not members:
+        return (make_task(name, **parameters),)
+    known = dict.fromkeys(key for member in members for key in TASKS[member].parameters)
+    given = {key: value for key, value in parameters.items() if value is not None}
+    if wrong := [key for key in given if key not in known and key != "seed"]:
+        raise ValueError(
+            f"{' and '.join(wrong)}: no parameter of any task of {name}{_meant(wrong[0], known)}. They have "
+            f"{', '.join(known)}."
+        )
+    fitting = {member: {k: v for k, v in given.items() if k in TASKS[member].parameters} for member in members}
+    return tuple(make_task(member, **fitting[member]) for member in members)
+
+
+def _from_file(name: str, given: Mapping[str, Any]) -> Task:
+    if not pathlib.Path(name).is_file():
+        if members := groups().get(name):
+            raise ValueError(f"{name} is a group of tasks: {', '.join(members)}. Name one of them.")
+        raise ValueError(
+            f"There is no task {name!r} and no file of that name{_meant(name, [*TASKS, *groups()])}. A task is a file "
+            f"of JSON lines, or {', '.join(TASKS)}."
+        )
+    if wrong := [key for key in given if key not in ("count", "seed")]:
+        raise ValueError(f"The rows of {name} are what they are; leave {' and '.join(wrong)} out.")
+    return read_json_lines(name, given.get("count"))
+
+
+def _meant(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(_hashable(part) for part in value) if isinstance(value, list) else value
