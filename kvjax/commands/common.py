@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 console, notes = Console(), Console(stderr=True)
 
@@ -21,6 +22,17 @@ def user_errors() -> Iterator[None]:
         message = " ".join(str(error).split())
         notes.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
+
+
+def plain_table(heading: str, name: str, *numbers: str) -> Table:
+    """A table without lines: a column of names, which are never folded, and columns of numbers."""
+    table = Table(
+        title=heading, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False
+    )
+    table.add_column(name, no_wrap=True)
+    for column in numbers:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
 
 
 def print_wide(table: Any) -> None:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvjax.commands.common import console, notes, print_wide, user_errors
+from kvjax.commands.common import console, notes, plain_table, print_wide, user_errors
+from kvjax.commands.grid import run_file
 from kvjax.commands.options import (
     MODEL,
     ContextOption,
+    DryRunOption,
     Dtype,
     DtypeOption,
     JsonOption,
@@ -30,6 +32,7 @@ from kvjax.commands.options import (
 
 if TYPE_CHECKING:
     from kvjax.evaluation import Settings, Task
+    from kvjax.evaluation.cases import Case
     from kvjax.model import Model
 
 POLICIES = (
@@ -58,6 +61,7 @@ def compare(
     speed: SpeedOption = True,
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compares policies on one task: one prefill feeds them all.
@@ -92,9 +96,12 @@ def compare(
         settings = Settings(policies=chosen_policies, protocol=protocol.value, speed=speed)
         chosen = make_task(task, context=context, count=samples, needles=needles, seed=seed)
         folder = _folder(out, model, chosen, settings, dtype)
-    loaded = load(model, dtype, [folder], mesh)
-    ran = _evaluate(loaded, model, [(chosen, folder)], settings, overwrite, what_fits=sizes is not None)
-    _report(ran, as_json)
+    loaded = load(model, dtype, [] if dry_run else [folder], mesh)
+    prepared = _prepare(loaded, model, [(chosen, folder)], settings, overwrite, what_fits=sizes is not None)
+    if dry_run:
+        _print_plans(loaded, prepared, as_json)
+        return
+    _report(_run(loaded, prepared), as_json)
 
 
 def _percentages(text: str | None) -> tuple[float, ...]:
@@ -106,7 +113,10 @@ def _percentages(text: str | None) -> tuple[float, ...]:
 
 
 def evaluate(
-    policy: Annotated[str, typer.Argument(help='Such as "snapkv(0.25) | kivi(bits=4)".')],
+    call: typer.Context,
+    policy: Annotated[
+        str, typer.Argument(metavar="POLICY|GRID.yaml", help='Such as "snapkv(0.25) | kivi(bits=4)"; or a file.')
+    ],
     model: ModelOption = MODEL,
     tasks: Annotated[
         str, typer.Option(help="Separated by semicolons: needle, ppl, files of JSON lines.")
@@ -120,19 +130,33 @@ def evaluate(
     speed: SpeedOption = True,
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
+    devices: Annotated[int, typer.Option(help="Of a grid: jobs that run side by side, each on its own device.")] = 1,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Evaluates one policy on several tasks, next to the full cache.
+    """Evaluates one policy on several tasks, next to the full cache; or a whole grid from a YAML file.
 
-    Results of each task go to a folder of its own; see `kvjax compare` for what they mean.
+    Results of each task go to a folder of its own; see `kvjax compare` for what they mean. A grid (policies x sizes x
+    tasks x lengths x protocols) makes a leaderboard and a page, `report.html`. It goes on where it stopped, and the
+    same command in several terminals, or on several machines with one folder, shares the work.
 
     **Examples**
 
     `kvjax eval "chunkkv(0.25)"`
 
     `kvjax eval "snapkv(1024)" --tasks "needle; my.jsonl" --protocol agnostic`
+
+    `kvjax eval configs/experiments/leaderboard_tiny.yaml`
     """
+    if pathlib.PurePath(policy).suffix in (".yaml", ".yml"):
+        with user_errors():
+            _refuse(call, "the grid says so itself", keep=("policy", "out", "overwrite", *GRID_OPTIONS))
+        path = pathlib.Path(policy)
+        run_file(path, out=out, overwrite=overwrite, devices=devices, mesh=mesh, dry_run=dry_run, as_json=as_json)
+        return
     with user_errors():
+        if devices > 1:
+            raise ValueError("--devices is for grids. --mesh spreads one policy's work over devices.")
         from kvjax.evaluation import Settings, make_task, parse_policies
 
         settings = Settings(policies=parse_policies(policy), protocol=protocol.value, speed=speed)
@@ -147,8 +171,22 @@ def evaluate(
         if len(set(folders)) < len(folders):
             raise ValueError("Two tasks have the same name, and so would their results.")
     pairs = list(zip(chosen, folders, strict=True))
-    ran = _evaluate(load(model, dtype, folders, mesh), model, pairs, settings, overwrite)
-    _report(ran, as_json)
+    loaded = load(model, dtype, [] if dry_run else folders, mesh)
+    prepared = _prepare(loaded, model, pairs, settings, overwrite)
+    if dry_run:
+        _print_plans(loaded, prepared, as_json)
+        return
+    _report(_run(loaded, prepared), as_json)
+
+
+GRID_OPTIONS = ("mesh", "devices", "dry_run", "as_json")
+
+
+def _refuse(call: typer.Context, why: str, keep: tuple[str, ...]) -> None:
+    """Options that would be ignored are errors."""
+    for name in call.params:
+        if name not in keep and getattr(call.get_parameter_source(name), "name", "") == "COMMANDLINE":
+            raise ValueError(f"--{name.replace('_', '-')} does not go with a grid: {why}.")
 
 
 def _folder(
@@ -169,40 +207,89 @@ class _Ran:
     folder: pathlib.Path
 
 
-def _evaluate(
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """A task that can be run."""
+
+    task: "Task"
+    folder: pathlib.Path
+    settings: "Settings"
+    config: dict[str, Any]
+    cases: "list[Case]"
+    rows: list[dict[str, Any]]
+
+
+def _prepare(
     model: "Model",
     name: str,
     tasks: "list[tuple[Task, pathlib.Path]]",
     settings: "Settings",
     overwrite: bool,
     what_fits: bool = False,
-) -> list[_Ran]:
-    """Runs tasks; with `what_fits`, policies that cannot serve the model or be so small are left out, and named."""
-    from kvjax.evaluation import check, make_cases, read_rows, resolved_config, run, servable
+) -> list[_Prepared]:
+    """Checks all tasks before the first is run; with `what_fits`, policies that cannot serve the model or be so small
+    are left out, and named."""
+    from kvjax.evaluation import check, make_cases, read_rows, resolved_config, servable
 
-    with user_errors():  # All tasks are checked before the first is run.
-        prepared = []
+    prepared = []
+    with user_errors():
         for task, folder in tasks:
-            cases = make_cases(task, task.samples(model), settings)
+            cases, asked = make_cases(task, task.samples(model), settings), settings
             if what_fits:
                 fit, reasons = servable(model, cases, settings.policies)
-                settings = dataclasses.replace(settings, policies=fit)
+                asked = dataclasses.replace(settings, policies=fit)
                 for reason in reasons.values():
                     notes.print(f"Left out: {reason}", style="dim", markup=False, highlight=False)
-            config = resolved_config(name, model.params["embed"].dtype, task, settings)
-            check(model, cases, settings)
-            prepared.append((task, folder, config, cases, read_rows(folder, config, overwrite)))
+            config = resolved_config(name, model.params["embed"].dtype, task, asked)
+            check(model, cases, asked)
+            prepared.append(_Prepared(task, folder, asked, config, cases, read_rows(folder, config, overwrite)))
+    return prepared
+
+
+def _run(model: "Model", prepared: list[_Prepared]) -> list[_Ran]:
+    from kvjax.evaluation import run
+
     ran = []
-    for task, folder, config, cases, rows in prepared:
-        if rows:
-            notes.print(f"Going on with {folder}: {len(rows)} rows are there.", highlight=False)
+    for one in prepared:
+        if one.rows:
+            notes.print(f"Going on with {one.folder}: {len(one.rows)} rows are there.", highlight=False)
         try:
-            with progress_bar(task.name) as advance:
-                ran.append(_Ran(run(model, task, cases, settings, config, folder, rows, advance), folder))
+            with progress_bar(one.task.name) as advance:
+                rows = run(model, one.task, one.cases, one.settings, one.config, one.folder, one.rows, advance)
+                ran.append(_Ran(rows, one.folder))
         except KeyboardInterrupt:
-            notes.print(f"Stopped. The same command goes on where it stopped ({folder}).", highlight=False)
+            notes.print(f"Stopped. The same command goes on where it stopped ({one.folder}).", highlight=False)
             raise typer.Exit(130) from None
     return ran
+
+
+def _print_plans(model: "Model", prepared: list[_Prepared], as_json: bool) -> None:
+    """What would be run, and how large every cache would be; nothing is computed."""
+    from kvjax.evaluation.caches import sizes
+    from kvjax.evaluation.report import megabytes
+    from kvjax.policies import plan
+
+    dtype, printed = model.params["embed"].dtype, []
+    for one in prepared:
+        length = max(len(case.prompt) for case in one.cases)
+        plans = {str(policy): plan(policy, model.config, length, dtype) for policy in one.settings.policies}
+        nbytes = {name: sizes(planned, model.config, dtype)[0] for name, planned in plans.items()}
+        about = {"task": one.task.name, "folder": str(one.folder), "prompt_tokens": length, "nbytes": nbytes}
+        total = len(one.cases) * len(plans)
+        left = total - len(one.rows)
+        printed.append(about | {"rows": total, "rows_left": left})
+        if as_json:
+            continue
+        heading = f"{one.task.name}: {len(one.cases)} questions, at most {length:,} tokens to compress"
+        out = plain_table(heading, "policy", "cache", "smaller")
+        full = next(iter(nbytes.values()))
+        for name, size in nbytes.items():
+            out.add_row(name, megabytes(size), f"{full / size:.2f}x")
+        print_wide(out)
+        left_text = f"{left:,} of {total:,} rows are left to run in {one.folder}. Nothing was run."
+        console.print(f"\n{left_text}\n", highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps(printed, indent=1))
 
 
 def _report(ran: list[_Ran], as_json: bool) -> None:

@@ -60,6 +60,7 @@ OutOption = Annotated[
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace results instead of continuing them.")]
 SpeedOption = Annotated[bool, typer.Option(help="Time decoding at the compressed size.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be run, and stop.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -102,9 +103,11 @@ def progress_bar(what: str) -> Iterator[Any]:
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
         progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
         progress.TextColumn("{task.fields[last]}", style="dim"),
     )
-    with progress.Progress(*columns, console=notes, transient=True) as bar:
+    with progress.Progress(*columns, console=notes, transient=True, speed_estimate_period=600) as bar:
         task = bar.add_task(what, total=None, last="compiling; the first sample takes longest")
         yield lambda done, total, text: bar.update(task, completed=done, total=total, last=text)
 

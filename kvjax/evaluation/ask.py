@@ -16,7 +16,7 @@ from kvjax.evaluation.cases import Case, dtype_of
 from kvjax.evaluation.kept import kept
 from kvjax.evaluation.metrics import METRICS
 from kvjax.evaluation.results import Row
-from kvjax.evaluation.score import Likelihood, divergence, feed, likelihood, padded, write
+from kvjax.evaluation.score import Likelihood, divergence, feed, likelihood, write
 from kvjax.evaluation.tasks import Task
 from kvjax.generation import Sampler
 from kvjax.model import Model
@@ -113,7 +113,7 @@ def _follow(model: Model, asked: Asked, answer: Sequence[int]) -> np.ndarray:
     """Hidden states [len(answer), hidden] from which each token of the answer is predicted."""
     if len(answer) == 1:
         return asked.last
-    return np.concatenate([asked.last, feed(model, asked.cache, answer[:-1], padded(len(answer) - 1))[0]])
+    return np.concatenate([asked.last, feed(model, asked.cache, answer[:-1])[0]])
 
 
 def _curve(values: np.ndarray) -> list[float]:
@@ -125,5 +125,5 @@ _next_logits = jax.jit(unembed, static_argnames="config")
 
 
 def ask(model: Model, cache: Cache, case: Case) -> Asked:
-    x, cache = feed(model, cache, case.question, case.shape[1])
+    x, cache = feed(model, cache, case.question)
     return Asked(cache, x[-1:], _next_logits(model.params, model.config, jnp.asarray(x[-1:])))

@@ -29,10 +29,10 @@ def compressed(model: Model, observed: Observed, case: Case, policy: Policy) -> 
     tight = plan(policy, model.config, len(case.prompt), dtype_of(model))
     if policy.in_chunks:
         tokens, lengths = model.encode(case.prompt)
-        cache = prefill(model.params, model.config, policy, tokens, lengths).reserve(case.shape[2])
+        cache = prefill(model.params, model.config, policy, tokens, lengths).reserve(case.shape[1])
         return tight, dataclasses.replace(cache, policy=policy.after_prompt)
     wide, slots = decide(_wide(tight, observed), observed)
-    return tight if tight.decided else wide, _ready(wide, slots, observed, case.shape[2])
+    return tight if tight.decided else wide, _ready(wide, slots, observed, case.shape[1])
 
 
 def _wide(tight: Plan, observed: Observed) -> Plan:

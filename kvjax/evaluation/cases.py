@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from kvjax.evaluation.score import PIECE, padded
+from kvjax.evaluation.score import PIECE
 from kvjax.evaluation.tasks import Ids, Sample, Task
 from kvjax.model import Model, bucket
 from kvjax.policies import Budget, Policy, PolicyError, methods, parse_policy, plan
@@ -116,15 +116,10 @@ class Case:
         return len(self.question) + max(self.tokens, self.sample.max_new_tokens, *map(len, self.sample.answers))
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """What compilations depend on: the prompt's padded length, the question's, and the room for what comes then."""
-        after = max(-(-self.sample.max_new_tokens // PIECE) * PIECE, *map(padded, self._fed))
-        asked = padded(len(self.question))
-        return bucket(len(self.prompt)), asked, asked + bucket(after, ROOM)
-
-    @property
-    def _fed(self) -> tuple[int, ...]:
-        return self.tokens, *map(len, self.sample.answers)
+    def shape(self) -> tuple[int, int]:
+        """What compilations depend on: the prompt's padded length, and the room for what comes after it."""
+        written = -(-self.sample.max_new_tokens // PIECE) * PIECE
+        return bucket(len(self.prompt)), bucket(max(self.longest, len(self.question) + written), ROOM)
 
 
 def make_cases(task: Task, samples: Sequence[Sample], settings: Settings) -> list[Case]:

@@ -7,7 +7,9 @@ would write?
 
 import concurrent.futures
 import datetime
+import hashlib
 import itertools
+import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -91,12 +93,19 @@ def run(
             if settings.speed and case.shape not in speeds:
                 progress(len(rows) + len(mine), total, "decoding speed")
                 speeds[case.shape] = _decode_speeds(model, observed, case, settings)
-            origin = shared | {"sample": case.sample.id, "references": list(case.sample.references), **case.sample.info}
+            origin = shared | _origin(case)
             time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             for row, speed in zip(mine, speeds.get(case.shape, [None] * len(mine)), strict=True):
                 rows.append(origin | row | {"decode_tokens_per_s": speed, "time": time})
             write_rows(folder, rows)
     return rows
+
+
+def _origin(case: Case) -> Row:
+    """Where a row comes from; samples with the same context have the same digest of it."""
+    sample = case.sample
+    context = hashlib.sha256(json.dumps(sample.context_ids).encode()).hexdigest()[:12]
+    return {"sample": sample.id, "context": context, "references": list(sample.references), **sample.info}
 
 
 def _ask(model: Model, observed: Observed, task: Task, case: Case, policies: Sequence[Policy]) -> Iterator[Row]:

@@ -20,36 +20,29 @@ from kvjax.models.config import Config
 from kvjax.models.transformer import Params, unembed
 
 ROWS = 16  # Tokens whose logits exist at once.
-PIECE = 16  # Tokens that one compiled loop writes: one compilation serves answers of all lengths.
+FED = 32  # Tokens that are fed at once.
+PIECE = 16  # Tokens that are written at once.
 
 
-def padded(length: int) -> int:
-    """The padded length of a question with its answer: the next power of two, so that few lengths are compiled."""
-    return max(ROWS, 1 << (length - 1).bit_length())
-
-
-def feed(model: Model, cache: Cache, ids: Sequence[int], length: int) -> tuple[np.ndarray, Cache]:
-    """Feeds tokens to the cache of one sequence.
+def feed(model: Model, cache: Cache, ids: Sequence[int]) -> tuple[np.ndarray, Cache]:
+    """Feeds tokens to the cache of one sequence, in pieces of one size: one compilation serves texts of all lengths.
 
     Args:
       cache: With room for the tokens.
       ids: The tokens.
-      length: They are padded to so many, so that different questions share a compilation.
 
     Returns:
       Final hidden states [len(ids), hidden] and the new cache.
     """
-    tokens = np.zeros((1, length), np.int32)
-    tokens[0, : len(ids)] = ids
-    valid = jnp.arange(length)[None] < len(ids)
-    x, cache = extend_hidden(model.params, model.config, cache.policy, cache, jnp.asarray(tokens), valid)
-    return np.asarray(x)[0, : len(ids)], cache
-
-
-def follow(model: Model, cache: Cache, question: Sequence[int], answer: Sequence[int]) -> np.ndarray:
-    """Hidden states [len(answer), hidden] from which each token of the answer is predicted."""
-    ids = [*question, *answer[:-1]]
-    return feed(model, cache, ids, padded(len(ids)))[0][len(question) - 1 :]
+    states = []
+    for start in range(0, len(ids), FED):
+        piece = ids[start : start + FED]
+        tokens = np.zeros((1, FED), np.int32)
+        tokens[0, : len(piece)] = piece
+        valid = np.arange(FED)[None] < len(piece)
+        x, cache = extend_hidden(model.params, model.config, cache.policy, cache, tokens, valid)
+        states.append(np.asarray(x)[0, : len(piece)])
+    return np.concatenate(states), cache
 
 
 def _in_rows(x: np.ndarray) -> np.ndarray:

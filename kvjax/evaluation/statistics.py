@@ -78,7 +78,24 @@ def paired(
     differences = np.asarray(a, np.float64) - np.asarray(b, np.float64)
     low, high = bootstrap(differences.tolist(), clusters, seed, level)
     sums, _ = _sums(differences.tolist(), clusters)
-    return Paired(float(differences.mean()), low, high, _sign_flip(sums, seed))
+    return Paired(float(differences.mean()), low, high, sign_flip(sums.tolist(), seed))
+
+
+def sign_flip(values: Sequence[float], seed: int = 0) -> float:
+    """Two-sided: the share of sign assignments that give a sum at least as large, all of them if they are few.
+
+    Args:
+      values: Differences of independent things, such as of clusters.
+    """
+    x = np.asarray(values, np.float64)
+    number, observed = len(x), abs(x.sum()) - 1e-12 * np.abs(x).sum()
+    if number <= EXACT:
+        signs = 1 - 2 * ((np.arange(2**number)[:, None] >> np.arange(number)) & 1)
+        return float((np.abs(signs @ x) >= observed).mean())
+    generator = np.random.Generator(np.random.PCG64([seed, number, 1]))
+    signs = generator.choice(np.array([-1.0, 1.0]), size=(DRAWS * 5, number))
+    hits = (np.abs(signs @ x) >= observed).sum()
+    return float((hits + 1) / (len(signs) + 1))  # Never zero: the assignment that was observed is one of them.
 
 
 def differs(p_values: Sequence[float], level: float = 0.95) -> list[bool]:
@@ -145,15 +162,3 @@ def _draws(number: int, seed: int) -> np.ndarray:
     """How often each of so many clusters is drawn, [DRAWS, number]."""
     generator = np.random.Generator(np.random.PCG64([seed, number]))
     return generator.multinomial(number, np.full(number, 1 / number), size=DRAWS).astype(np.float64)
-
-
-def _sign_flip(sums: np.ndarray, seed: int) -> float:
-    """Two-sided: the share of sign assignments that give a sum at least as large, all of them if they are few."""
-    number, observed = len(sums), abs(sums.sum()) - 1e-12 * np.abs(sums).sum()
-    if number <= EXACT:
-        signs = 1 - 2 * ((np.arange(2**number)[:, None] >> np.arange(number)) & 1)
-        return float((np.abs(signs @ sums) >= observed).mean())
-    generator = np.random.Generator(np.random.PCG64([seed, number, 1]))
-    signs = generator.choice(np.array([-1.0, 1.0]), size=(DRAWS * 5, number))
-    hits = (np.abs(signs @ sums) >= observed).sum()
-    return float((hits + 1) / (len(signs) + 1))  # Never zero: the assignment that was observed is one of them.

@@ -1,0 +1,111 @@
+"""`kvjax eval GRID.yaml`: a leaderboard from one file, by several devices and processes, resumed where it stopped."""
+
+import json
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from kvjax.commands.common import console, notes, plain_table, print_wide, user_errors
+from kvjax.commands.options import Dtype, load, progress_bar
+
+if TYPE_CHECKING:
+    from kvjax.evaluation.grid import Grid, Job
+
+
+def run_file(
+    path: pathlib.Path,
+    *,
+    out: pathlib.Path | None,
+    overwrite: bool,
+    devices: int,
+    mesh: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Runs a grid, or goes on with it; prints the leaderboard and writes the page.
+
+    Args:
+      path: Of the YAML file.
+      out: Folder of the run; default: `results/` and the grid's name.
+      overwrite: Forget what is there.
+      devices: Jobs that run side by side, each on a device of its own.
+      mesh: Devices over which every job is spread instead.
+      dry_run: Say what would be run, and stop.
+      as_json: Print the leaderboard as JSON.
+    """
+    with user_errors():
+        from kvjax.evaluation import grid as grids
+
+        grid = grids.read_grid(path)
+        folder = out or pathlib.Path("results") / grid.name
+        chosen = _devices(devices, mesh)
+    model = load(grid.model, Dtype(grid.dtype) if grid.dtype else None, [] if dry_run else [folder], mesh)
+    with user_errors():
+        with notes.status("Making samples ..."):
+            jobs = grids.prepare(model, grid, folder)
+        left = grids.unfinished(jobs) if not overwrite else sum(job.rows for job in jobs)
+        for job in jobs:
+            for reason in job.left_out.values():
+                notes.print(f"Left out of {job.folder.name}: {reason}", style="dim", markup=False, highlight=False)
+    if dry_run:
+        _print_jobs(grid, jobs, folder, left, as_json)
+        return
+    try:
+        with user_errors(), progress_bar(grid.name) as advance:
+            elsewhere = grids.run_grid(model, grid, jobs, folder, devices=chosen, overwrite=overwrite, progress=advance)
+    except KeyboardInterrupt:
+        notes.print(f"Stopped. The same command goes on where it stopped ({folder}).", highlight=False)
+        raise typer.Exit(130) from None
+    if elsewhere:
+        notes.print(f"{elsewhere} jobs are with other processes; this is what is there by now.", highlight=False)
+    _print_leaderboard(grid, jobs, folder, as_json)
+
+
+def _devices(number: int, mesh: str | None) -> tuple[Any, ...]:
+    import jax
+
+    if number < 1 or number > jax.local_device_count():
+        raise ValueError(f"--devices is 1 to {jax.local_device_count()}, the devices that are here; got {number}.")
+    if number > 1 and mesh:
+        raise ValueError("--devices runs jobs side by side and --mesh spreads each over all devices: give one of them.")
+    return tuple(jax.local_devices()[:number]) if number > 1 else ()
+
+
+def _print_jobs(grid: "Grid", jobs: "list[Job]", folder: pathlib.Path, left: int, as_json: bool) -> None:
+    rows = [
+        {
+            "job": job.folder.name,
+            "samples": len(job.cases),
+            "policies": len(job.settings.policies),
+            "prompt_tokens": max(len(case.prompt) for case in job.cases),
+            "rows": job.rows,
+            "left_out": dict(job.left_out),
+        }
+        for job in jobs
+    ]
+    if as_json:
+        print(json.dumps({"folder": str(folder), "rows_left": left, "jobs": rows}, indent=1))
+        return
+    out = plain_table(grid.title, "job", "samples", "policies", "longest prompt", "rows")
+    for row in rows:
+        out.add_row(*(f"{row[key]:,}" if key != "job" else row[key] for key in row if key != "left_out"))
+    print_wide(out)
+    total = sum(job.rows for job in jobs)
+    console.print(f"\n{left:,} of {total:,} rows are left to run in {folder}. Nothing was run.", highlight=False)
+
+
+def _print_leaderboard(grid: "Grid", jobs: "list[Job]", folder: pathlib.Path, as_json: bool) -> None:
+    from kvjax.evaluation.leaderboard import leaderboard, leaderboard_table
+    from kvjax.evaluation.results import read_rows
+
+    rows = [row for job in jobs for row in read_rows(job.folder, job.config)]
+    if not rows:
+        return
+    board = leaderboard(rows)
+    if as_json:
+        print(json.dumps({"title": grid.title, "leaderboard": board, "folder": str(folder)}, indent=1))
+        return
+    print_wide(leaderboard_table(board, grid.title))
+    marks = "* differs from the full cache (paired sign-flip test, Holm over all policies, 95 %)"
+    console.print(f"\n{marks}\n{folder}\n", style="dim", highlight=False, soft_wrap=True)

@@ -1,0 +1,383 @@
+"""A leaderboard from one file: models' caches under (policies x budgets) on (tasks x lengths) under protocols.
+
+    name: leaderboard
+    model: gemma3-270m
+    policies: [int8, kivi, snapkv, "snapkv | kivi(bits=4)"]
+    sizes: [50, 25]              # percent of the full cache's bytes, for policies without a budget of their own
+    protocols: [agnostic]
+    tasks:
+      - {task: niah_single_1, context: [1000, 2000], count: 4}
+      - {task: ppl, context: 2000}
+
+Every task at every length under every protocol is a job with a folder of its own. Processes that run the same grid in
+the same folder share the jobs: each takes what no other has taken. A process that is killed leaves its job to the next.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import datetime
+import itertools
+import json
+import pathlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import yaml
+
+from kvjax.evaluation.cases import (
+    Case,
+    Settings,
+    check,
+    dtype_of,
+    make_cases,
+    parse_policies,
+    protocol_of,
+    resolved_config,
+    servable,
+)
+from kvjax.evaluation.heads import LOCAL, SINKS, head_maps, where
+from kvjax.evaluation.results import Row, config_hash, make_folder, read_rows, versions, write_json
+from kvjax.evaluation.runner import run
+from kvjax.evaluation.tasks import Task, make_task
+from kvjax.model import Model
+from kvjax.policies import Policy
+from kvjax.policies.registry import nearest
+
+FILE, HEADS, LOG, LOCK = "grid.json", "heads.json", "log.jsonl", ".lock"
+HEAD_SAMPLES = 4  # Prompts over which heads are looked at.
+DEFAULT_PROTOCOLS = ("agnostic",)
+DTYPES = ("float32", "bfloat16", "float16")
+Notes = Callable[[str], None]
+
+
+class GridError(ValueError):
+    """A grid that cannot be read or run; the message says what would be right."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What a file says, checked.
+
+    Attributes:
+      name: Of the folder of results.
+      title: Of the report.
+      model: As `kvjax.load` takes it. dtype: Of parameters and cache; None for the machine's default.
+      policies: The full cache first.
+      tasks: One for every task and length.
+      protocols: "aware", "agnostic" or both; tasks without a question are agnostic.
+      tokens: Along so many of the full cache's own tokens predictions are compared.
+      speed: Whether decoding is timed, in the first job of every length.
+    """
+
+    name: str
+    title: str
+    model: str
+    policies: tuple[Policy, ...]
+    tasks: tuple[Task, ...]
+    dtype: str | None = None
+    protocols: tuple[str, ...] = DEFAULT_PROTOCOLS
+    tokens: int = 16
+    speed: bool = True
+
+    def resolved(self) -> dict[str, Any]:
+        """All that results depend on, for JSON."""
+        return {
+            "name": self.name,
+            "title": self.title,
+            "model": self.model,
+            "dtype": self.dtype,
+            "policies": [str(policy) for policy in self.policies],
+            "tasks": [task.resolved() for task in self.tasks],
+            "protocols": list(self.protocols),
+            "continuation": self.tokens,
+            "speed": self.speed,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One task under one protocol, ready to run.
+
+    Attributes:
+      task, settings, cases: What is asked of whom.
+      folder: Its results'. config: Its resolved configuration.
+      left_out: Policies that cannot serve it, and why.
+    """
+
+    task: Task
+    settings: Settings
+    cases: Sequence[Case]
+    folder: pathlib.Path
+    config: Mapping[str, Any]
+    left_out: Mapping[str, str]
+
+    @property
+    def rows(self) -> int:
+        """How many it has when it is done."""
+        return len(self.cases) * len(self.settings.policies)
+
+
+# Reading
+
+
+KEYS = {
+    "name": str,
+    "title": str,
+    "model": str,
+    "dtype": str,
+    "policies": list,
+    "sizes": list,
+    "protocols": list,
+    "tasks": list,
+    "continuation": int,
+    "speed": bool,
+}
+
+
+def read_grid(path: pathlib.Path) -> Grid:
+    """Reads and checks a file; needs no model.
+
+    Raises:
+      ValueError: It cannot be read, or says something that makes no sense; the message says what would.
+    """
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise GridError(f"Cannot read the grid {path}: {error}") from None
+    return make_grid(given, path.stem, str(path))
+
+
+def make_grid(given: Any, name: str, where: str = "The grid") -> Grid:
+    """A grid from what its file says.
+
+    Args:
+      given: A mapping, see above.
+      name: If it has none of its own.
+      where: For messages.
+
+    Raises:
+      ValueError: As `read_grid`.
+    """
+    if not isinstance(given, dict):
+        raise GridError(f"{where}: a grid is a mapping with {', '.join(KEYS)}.")
+    for key, value in given.items():
+        if key not in KEYS:
+            raise GridError(f"{where}: there is no setting {key!r}. {nearest(str(key), KEYS)}")
+        kind = KEYS[key]
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            kinds = {str: "text", list: "a list", int: "a whole number", bool: "true or false"}
+            raise GridError(f"{where}: {key} is {kinds[kind]}, got {value!r}.")
+    for key in ("model", "policies", "tasks"):
+        if not given.get(key):
+            raise GridError(f"{where}: {key} is missing.")
+    sizes = given.get("sizes", [])
+    if wrong := [size for size in sizes if isinstance(size, bool | str) or not 0 < size <= 100]:
+        raise GridError(f"{where}: sizes are percentages of the full cache's bytes, got {wrong[0]!r}.")
+    if given.get("dtype") not in (None, *DTYPES):
+        raise GridError(f"{where}: dtype is {', '.join(DTYPES)}, got {given['dtype']!r}.")
+    protocols = tuple(given.get("protocols", DEFAULT_PROTOCOLS))
+    if not protocols or set(protocols) - {"aware", "agnostic"}:
+        raise GridError(f"{where}: protocols are aware, agnostic or both, got {list(protocols)}.")
+    return Grid(
+        name=given.get("name", name),
+        title=given.get("title", given.get("name", name)),
+        model=given["model"],
+        dtype=given.get("dtype"),
+        policies=parse_policies("; ".join(map(str, given["policies"])), [size / 100 for size in sizes]),
+        tasks=tuple(task for entry in given["tasks"] for task in _tasks(entry, where)),
+        protocols=protocols,
+        tokens=given.get("continuation", 16),
+        speed=given.get("speed", True),
+    )
+
+
+def _tasks(entry: Any, where: str) -> list[Task]:
+    """The tasks of one entry: a name, or a mapping with `task`, its parameters and one or more lengths (`context`)."""
+    entry = {"task": entry} if isinstance(entry, str) else entry
+    if not isinstance(entry, dict) or not isinstance(entry.get("task"), str):
+        raise GridError(f"{where}: a task is a name, or a mapping such as {{task: needle, context: [1000, 2000]}}.")
+    parameters = {key: value for key, value in entry.items() if key not in ("task", "context")}
+    lengths = entry.get("context")
+    lengths = lengths if isinstance(lengths, list) else [lengths]
+    try:
+        return [make_task(entry["task"], **_given(context=length), **parameters) for length in lengths]
+    except ValueError as error:
+        raise GridError(f"{where}: task {entry['task']}: {error}") from None
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+# Jobs
+
+
+def prepare(model: Model, grid: Grid, folder: pathlib.Path) -> list[Job]:
+    """Makes every job's samples and checks them; policies that cannot serve a job are left out of it.
+
+    Raises:
+      ValueError: A task cannot be made for the model, a sample is too long for it, or two jobs would share a folder.
+    """
+    jobs, timed = [], set()
+    for task, protocol in itertools.product(grid.tasks, grid.protocols):
+        settings = Settings(policies=grid.policies, protocol=protocol, tokens=grid.tokens, speed=False)  # type: ignore[arg-type]
+        protocol = protocol_of(task, settings)
+        path = folder / "-".join(map(str, filter(None, (task.name, task.length, protocol))))
+        if any(job.folder == path and job.task is task for job in jobs):
+            continue  # A task without a question is the same under both protocols.
+        if any(job.folder == path for job in jobs):
+            raise GridError(f"Two tasks are called {path.name}: give each its own context, or another name.")
+        cases = make_cases(task, task.samples(model), settings)
+        fit, reasons = servable(model, cases, grid.policies)
+        speed = grid.speed and (task.length, protocol) not in timed
+        timed.add((task.length, protocol))
+        settings = dataclasses.replace(settings, policies=fit, speed=speed)
+        check(model, cases, settings)
+        config = resolved_config(grid.model, dtype_of(model), task, settings)
+        jobs.append(Job(task, settings, cases, path, config, {str(p): why for p, why in reasons.items()}))
+    return jobs
+
+
+def unfinished(jobs: Sequence[Job]) -> int:
+    """Rows that are still to be made.
+
+    Raises:
+      ValueError: Results in a job's folder are of other settings.
+    """
+    return sum(job.rows - len(read_rows(job.folder, job.config)) for job in jobs)
+
+
+@contextlib.contextmanager
+def _claimed(folder: pathlib.Path) -> Iterator[bool]:
+    """Whether this process has the folder to itself until the block ends, or dies: a lock goes with its process."""
+    import fcntl
+
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def run_grid(
+    model: Model,
+    grid: Grid,
+    jobs: Sequence[Job],
+    folder: pathlib.Path,
+    *,
+    devices: Sequence[Any] = (),
+    overwrite: bool = False,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> int:
+    """Runs what has not been run yet.
+
+    Args:
+      jobs: Of `prepare`.
+      folder: Of the run.
+      devices: With two or more, jobs run side by side, each on one of them with its own copy of the parameters.
+      overwrite: Forget what is there.
+      progress: Called with rows done, rows in all, and what has been done.
+
+    Returns:
+      How many jobs other processes are at work on.
+
+    Raises:
+      ValueError: The folder holds results of other settings, or cannot be written to.
+    """
+    make_folder(folder)
+    for job in jobs:
+        make_folder(job.folder)
+        if overwrite:
+            (job.folder / "results.json").unlink(missing_ok=True)
+    total, before = sum(job.rows for job in jobs), sum(job.rows for job in jobs) - unfinished(jobs)
+    with _claimed(folder) as free:
+        if free:  # Of several processes one describes the run.
+            write_json(folder / FILE, _about(grid, jobs))
+            _look_at_heads(model, jobs, folder)
+    counts, lock = {}, threading.Lock()
+    waiting, elsewhere = list(jobs), []
+
+    def work(device: Any) -> None:
+        mine = model if device is None else dataclasses.replace(model, params=jax.device_put(model.params, device))
+        with jax.default_device(device) if device else contextlib.nullcontext():
+            while True:
+                with lock:
+                    if not waiting:
+                        return
+                    job = waiting.pop(0)
+                with _claimed(job.folder) as free:
+                    if not free:
+                        elsewhere.append(job)
+                        continue
+                    rows = read_rows(job.folder, job.config)
+
+                    def advance(done: int, _: int, what: str, job: Job = job, start: int = len(rows)) -> None:
+                        with lock:
+                            counts[job.folder] = done - start
+                            progress(before + sum(counts.values()), total, f"{job.folder.name}: {what}")
+
+                    if len(rows) < job.rows:
+                        _log(folder, {"event": "job", "job": job.folder.name, "rows": job.rows, "there": len(rows)})
+                        run(mine, job.task, job.cases, job.settings, job.config, job.folder, rows, advance)
+                        _log(folder, {"event": "done", "job": job.folder.name, **_scores(job)})
+
+    if len(devices) < 2:
+        work(None)
+    else:
+        with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
+            list(pool.map(work, devices))
+    return len(elsewhere)
+
+
+def _about(grid: Grid, jobs: Sequence[Job]) -> dict[str, Any]:
+    resolved = grid.resolved()
+    return resolved | {
+        "hash": config_hash(resolved),
+        "jobs": [job.folder.name for job in jobs],
+        "left_out": {job.folder.name: dict(job.left_out) for job in jobs if job.left_out},
+        "versions": versions(),
+        "device": jax.devices()[0].device_kind,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _scores(job: Job) -> dict[str, Any]:
+    """Mean score (or perplexity) of every policy, for the log."""
+    rows = read_rows(job.folder, job.config)
+    key = "score" if "score" in rows[0] else "perplexity"
+    names = dict.fromkeys(row["policy"] for row in rows)
+    values = {name: [row[key] for row in rows if row["policy"] == name] for name in names}
+    return {key: {name: sum(of) / len(of) for name, of in values.items()}}
+
+
+def _log(folder: pathlib.Path, event: Row) -> None:
+    """Adds a line to the run's log; lines of several processes do not mix, for each is one write."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    with (folder / LOG).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": now, **event}) + "\n")
+
+
+def _look_at_heads(model: Model, jobs: Sequence[Job], folder: pathlib.Path) -> None:
+    """Maps of sinks and retrieval heads, on the first needles whose answers stand in their prompts word for word."""
+    if (folder / HEADS).exists():
+        return
+    for job in jobs:
+        asked = [(case.prompt + case.question, case.sample.answers[0]) for case in job.cases]
+        found = [(prompt, answer) for prompt, answer in asked if where(prompt, answer) >= 0][:HEAD_SAMPLES]
+        if job.task.metric == "perplexity" or not found:
+            continue
+        maps = head_maps(model, found)
+        how = (
+            f"{len(found)} prompts of {job.folder.name}, {maps.tokens} answer tokens, uncompressed. Sink: attention on "
+            f"the first {SINKS} tokens; local: on the last {LOCAL}; retrieval: share of answer tokens whose most "
+            "attended position is the token in the needle that is copied next."
+        )
+        maps_of = {name: getattr(maps, name).round(4).tolist() for name in ("sink", "local", "retrieval")}
+        about = {"layers": list(maps.layers), "heads": model.config.num_heads, "how": how}
+        write_json(folder / HEADS, about | maps_of)
+        return
