@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "sharding": {"kernels", "cache", "models", "policies", "generation"},
     "model": {"cache", "checkpoints", "generation", "models", "policies"},
     "evaluation": {"kernels", "cache", "model", "models", "checkpoints", "policies", "methods", "generation"},
+    "lm_eval": {"cache", "evaluation", "generation", "model", "models", "policies"},
 }
 ENTRANCES = {"__init__", "__main__", "cli", "commands"}  # These see every room, and no room looks back at them.
 
