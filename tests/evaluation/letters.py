@@ -15,6 +15,9 @@ class Letters:
     def decode(self, ids, skip_special_tokens=False):
         return "".join(map(chr, ids))
 
+    def get_vocab_size(self):
+        return 128
+
 
 MODEL = kvjax.Model({}, tiny.CONFIG, Tokenizer(Letters(), bos_id=1, eos_ids=()))  # type: ignore[arg-type]
 

@@ -171,18 +171,38 @@ class Entry:
       group: The name under which all tasks of the family are asked for.
       about: What it asks, in a line.
       fixed: Parameters of `kind` that make the task what its name says.
+      defaults: Of other parameters, where they are not those of `kind`.
     """
 
     kind: Callable[..., Task]
     group: str
     about: str
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def parameters(self) -> dict[str, Any]:
         """What may be given, with defaults; a default of `dataclasses.MISSING` must be given."""
         fields = dataclasses.fields(self.kind)  # type: ignore[arg-type]
-        return {field.name: field.default for field in fields if field.init and field.name not in self.fixed}
+        own = {field.name: field.default for field in fields if field.init and field.name not in self.fixed}
+        return {**own, **self.defaults}
 
     def build(self, **parameters: Any) -> Task:
-        return self.kind(**self.fixed, **parameters)
+        return self.kind(**{**self.fixed, **self.defaults, **parameters})
+
+
+def depths_of(count: int, depths: Sequence[float] | None) -> list[float]:
+    """Where in each context something lies: 0 is the beginning, 1 the end.
+
+    Args:
+      count: Contexts, or contexts per depth where depths are given.
+      depths: For heat maps; default: evenly spread over the contexts.
+    """
+    if depths is None:
+        return [(i + 0.5) / count for i in range(count)]
+    return [depth for depth in depths for _ in range(count)]
+
+
+def check_depths(depths: Sequence[float] | None) -> None:
+    if depths is not None and (not depths or not all(0 <= depth <= 1 for depth in depths)):
+        raise ValueError(f"Depths are numbers from 0 (the beginning) to 1 (the end), got {list(depths)}.")
