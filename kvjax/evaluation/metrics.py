@@ -291,6 +291,11 @@ def concordance(prediction: str, reference: str) -> float:
     return sum(place[a] < place[b] for a, b in pairs) / len(pairs)
 
 
+def by_turn(prediction: str, references: tuple[str, ...], info: Mapping[str, Any]) -> float:
+    """By `info["metric"]`, where the turns of a conversation ask for different things (SCBench)."""
+    return METRICS[info["metric"]](prediction, references, info)
+
+
 def _all(*metrics: Metric) -> dict[str, Metric]:
     return {metric.__name__: metric for metric in metrics}
 
@@ -299,10 +304,11 @@ def _best_of(scores: Iterable[Callable[[str, str], float]]) -> dict[str, Metric]
     return {score.__name__: best(score) for score in scores}
 
 
+OF_CHINESE_WORDS = ("qa_f1_zh", "rouge_zh")
 METRICS: dict[str, Metric] = {
     **_all(string_match_all, string_match_part, contains, word, word_in_capitals, text_match),
     **_all(first_integer, first_number, last_integer, numbers_from_the_start),
-    **_all(choice, code_choice, first_letter, classification),
+    **_all(choice, code_choice, first_letter, classification, by_turn),
     **_best_of((qa_f1, exact_match, qa_f1_characters, qa_f1_zh, rouge_zh, rouge_l, rouge_l_sum, rouge_geometric)),
     **_best_of((retrieval, retrieval_zh, code_similarity, percentage_similarity, concordance)),
     "count": best(share_of_numbers),

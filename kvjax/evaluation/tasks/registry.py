@@ -6,13 +6,20 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from kvjax.evaluation.tasks import needle, retrieval, ruler
+from kvjax.evaluation.tasks import longbench, needle, retrieval, ruler, scbench
 from kvjax.evaluation.tasks.base import Entry, Task
 from kvjax.evaluation.tasks.jsonl import read_json_lines
 from kvjax.evaluation.tasks.text import Perplexity
 
 TEXT = {"ppl": Entry(kind=Perplexity, group="text", about="goes on with a text: perplexity")}
-TASKS: Mapping[str, Entry] = {**needle.TASKS, **retrieval.TASKS, **TEXT, **ruler.TASKS}
+TASKS: Mapping[str, Entry] = {
+    **needle.TASKS,
+    **retrieval.TASKS,
+    **TEXT,
+    **ruler.TASKS,
+    **scbench.TASKS,
+    **longbench.TASKS,
+}
 
 
 def groups() -> dict[str, tuple[str, ...]]:

@@ -103,20 +103,26 @@ def problem(
     chance: random.Random, lines: int, chains: int, hops: int, letters: int = 5
 ) -> tuple[str, str, list[str], list[float]]:
     """Text, question, the names that answer it, and how far into the text each assignment stands (0 to 1)."""
+    text, chained, values = assignments(chance, lines, chains, hops, letters)
+    depths = [round(text.index(f"VAR {name} =") / len(text), 4) for name in chained[0]]
+    return INTRODUCTION + text, QUESTION.format(value=values[0], number=hops + 1), chained[0], depths
+
+
+def assignments(
+    chance: random.Random, lines: int, chains: int, hops: int, letters: int = 5
+) -> tuple[str, list[list[str]], list[str]]:
+    """Lines of noise with assignments between them, the names of each chain in order, and each chain's value."""
     names = _names(chance, chains * (hops + 1), letters)
     chained = [names[i : i + hops + 1] for i in range(0, len(names), hops + 1)]
     values = [str(value) for value in chance.sample(range(10_000, 99_999), chains)]
     sentences = [NOISE] * lines
     for chain, value in zip(chained, values, strict=True):
-        first = [f"VAR {chain[0]} = {value}"]
-        assignments = first + [f"VAR {new} = VAR {old} " for old, new in zip(chain, chain[1:], strict=False)]
-        places = sorted(chance.sample(range(len(sentences)), len(assignments)))
-        for j, (place, assignment) in enumerate(zip(places, assignments, strict=True)):
+        hidden = [f"VAR {chain[0]} = {value}"]
+        hidden += [f"VAR {new} = VAR {old} " for old, new in zip(chain, chain[1:], strict=False)]
+        places = sorted(chance.sample(range(len(sentences)), len(hidden)))
+        for j, (place, assignment) in enumerate(zip(places, hidden, strict=True)):
             sentences.insert(place + j, assignment)
-    text = "\n".join(sentences)
-    depths = [round(text.index(f"VAR {name} =") / len(text), 4) for name in chained[0]]
-    question = QUESTION.format(value=values[0], number=hops + 1)
-    return INTRODUCTION + text, question, chained[0], depths
+    return "\n".join(sentences), chained, values
 
 
 def _names(chance: random.Random, number: int, letters: int) -> list[str]:
