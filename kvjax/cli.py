@@ -7,6 +7,7 @@ Results go to stdout, progress and remarks to stderr. What the user got wrong is
 import typer
 
 from kvjax.commands.bench import bench_app
+from kvjax.commands.doctor import doctor
 from kvjax.commands.evaluate import compare, evaluate
 from kvjax.commands.generate import generate
 from kvjax.commands.methods import methods
@@ -34,3 +35,4 @@ app.command()(generate)
 app.add_typer(bench_app, name="bench")
 app.command()(plan)
 app.command()(methods)
+app.command()(doctor)
