@@ -147,9 +147,14 @@ def code_choice(prediction: str, references: tuple[str, ...], info: Mapping[str,
 
 
 def first_letter(prediction: str, references: tuple[str, ...], info: Mapping[str, Any]) -> float:
-    """Whether the first letter A to D that stands alone is a reference."""
-    found = re.search(r"\b([A-D])\b", prediction)
-    return float(bool(found) and found.group(1) in references)  # type: ignore[union-attr]
+    """Whether the first letter A to D that stands alone is that of a reference, such as "(B) A cat"."""
+
+    def chosen(text: str) -> str | None:
+        found = re.search(r"\b[A-D]\b", text)
+        return found.group() if found else None
+
+    letter = chosen(prediction)
+    return float(letter is not None and letter in map(chosen, references))
 
 
 def classification(prediction: str, references: tuple[str, ...], info: Mapping[str, Any]) -> float:
@@ -296,6 +301,43 @@ def by_turn(prediction: str, references: tuple[str, ...], info: Mapping[str, Any
     return METRICS[info["metric"]](prediction, references, info)
 
 
+# Many answers in one text
+
+
+def numbered_numbers(prediction: str, references: tuple[str, ...], info: Mapping[str, Any]) -> float:
+    """Share of the references whose last number is that of the answer in the same place (LongGenBench's GSM8K)."""
+
+    def last(text: str) -> str | None:
+        return next(iter(re.findall(r"\d*\.?\d+", text.replace(",", ""))[::-1]), None)
+
+    return _by_place(prediction, references, last)
+
+
+def numbered_letters(prediction: str, references: tuple[str, ...], info: Mapping[str, Any]) -> float:
+    """Share of the references whose last A, B, C or D is that of the answer in the same place (LongGenBench's MMLU)."""
+    return _by_place(prediction, references, lambda text: next(iter(re.findall("[A-D]", text)[::-1]), None))
+
+
+def _by_place(prediction: str, references: tuple[str, ...], last: Callable[[str], str | None]) -> float:
+    # As there, an answer is what stands between a colon that ends a line and an empty line; its number is not read.
+    text = "\n".join(prediction.split("Answer_"))
+    answers = re.findall(r"(?<=:\n)(.*?)(?=\n\n|$)", text, re.DOTALL)
+    pairs = zip(answers, references, strict=False)
+    return sum(last(answer) is not None and last(answer) == last(reference) for answer, reference in pairs) / len(
+        references
+    )
+
+
+def completion_rate(prediction: str, references: tuple[str, ...], info: Mapping[str, Any]) -> float:
+    """Share of the units 1 to `info["units"]`, each called `info["unit"]`, that were written (arXiv 2409.02076).
+
+    A text ends each at "#*#"; the first unit's heading, `info["heading"]`, was part of the prompt.
+    """
+    blocks = (info["heading"] + prediction).split("#*#")
+    found = {int(match.group(1)) for block in blocks if (match := re.search(rf"{info['unit']} (\d+)", block))}
+    return len(found & set(range(1, info["units"] + 1))) / info["units"]
+
+
 def _all(*metrics: Metric) -> dict[str, Metric]:
     return {metric.__name__: metric for metric in metrics}
 
@@ -309,6 +351,7 @@ METRICS: dict[str, Metric] = {
     **_all(string_match_all, string_match_part, contains, word, word_in_capitals, text_match),
     **_all(first_integer, first_number, last_integer, numbers_from_the_start),
     **_all(choice, code_choice, first_letter, classification, by_turn),
+    **_all(numbered_numbers, numbered_letters, completion_rate),
     **_best_of((qa_f1, exact_match, qa_f1_characters, qa_f1_zh, rouge_zh, rouge_l, rouge_l_sum, rouge_geometric)),
     **_best_of((retrieval, retrieval_zh, code_similarity, percentage_similarity, concordance)),
     "count": best(share_of_numbers),

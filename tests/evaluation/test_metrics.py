@@ -160,8 +160,9 @@ def test_the_best_reference_counts():
 @pytest.mark.parametrize("name", [name for name in METRICS if "zh" not in name and name != "by_turn"])
 def test_all_are_between_zero_and_one(name):
     references = {"code_choice": ("Paragraph 7", "B"), "retrieval": ("Paragraph 7",)}.get(name, ("7",))
-    for text in ("", "7", "Paragraph 7", "B", "what? 5.5 and 7"):
-        assert 0.0 <= METRICS[name](text, references, CLASSES) <= 1.0
+    info = CLASSES | {"unit": "Week", "units": 3, "heading": "#*# Week 1:"}
+    for text in ("", "7", "Paragraph 7", "B", "what? 5.5 and 7", "#*# Week 2 #*# Week 9"):
+        assert 0.0 <= METRICS[name](text, references, info) <= 1.0
 
 
 def test_by_turn():

@@ -9,7 +9,8 @@ from kvjax.evaluation.tasks import TASKS, make_task
 from kvjax.evaluation.tasks.published import cut_middle, prompts
 from tests.evaluation.letters import MODEL, prompt, read
 
-DATA = str(pathlib.Path(__file__).parents[1] / "data" / "tasks")
+FILES = pathlib.Path(__file__).parents[1] / "data" / "tasks"
+DATA = str(FILES / "longbench")
 
 
 def gold(task, sample):
@@ -91,3 +92,120 @@ def test_files_are_named_when_they_are_wrong(tmp_path):
 def test_a_file_is_part_of_what_is_resolved():
     resolved = make_task("longbench_qasper", path=DATA, count=1).resolved()
     assert resolved["path"] == "qasper.jsonl" and len(resolved["sha256"]) == 12 and resolved["tokens"] == 128
+
+
+@pytest.mark.parametrize("name", prompts("infinitebench"))
+def test_infinitebench(name):
+    task = make_task(f"infinitebench_{name}", path=str(FILES / "infinitebench"))
+    (sample,) = task.samples(MODEL)
+    assert gold(task, sample) == 1.0 and METRICS[task.metric]("?", sample.references, sample.info) == 0.0
+    assert sample.max_new_tokens == prompts("infinitebench")[name]["tokens"]
+    assert "{" not in prompt(sample).replace('{"ab-1"', "").replace("{there}", "")
+
+
+def test_infinitebench_reads_as_published():
+    def asked(name):
+        return prompt(make_task(f"infinitebench_{name}", path=str(FILES / "infinitebench")).samples(MODEL)[0])
+
+    assert asked("passkey") == (
+        "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you "
+        "about the important information.\n\nThe grass is green.\nThe pass key is 71432. Remember it. 71432 is the "
+        "pass key.\n\n\nWhat is the pass key?\n\nThe pass key is"
+    )
+    assert asked("code_run") == (
+        "There is a function called func_1 in the following Python code.\n\ndef func_1(x):\n    return x - 4\n\n"
+        "Please compute the exact value of func_1(-3). The value of func_1(-3) is"
+    )
+    assert asked("math_find").startswith("What is the largest number in the following list?\n\n[3, 9, 5]\n\nYou should")
+    assert asked("longbook_choice_eng").endswith(
+        "Question: What is Bob?\nA. dog\nB. cat\nC. fish\nD. bird\n\nThe letter of the correct answer is"
+    )
+
+
+@pytest.mark.parametrize("name", ["gov_report", "qasper", "quality", "space_digest", "book_sum_sort"])
+def test_zeroscrolls(name):
+    task = make_task(f"zeroscrolls_{name}", path=str(FILES / "zeroscrolls"))
+    (sample,) = task.samples(MODEL)
+    assert gold(task, sample) == pytest.approx(1.0) and METRICS[task.metric]("?", sample.references, {}) == 0.0
+    assert prompt(sample).startswith("You are given a story. Read it.\n\n") and read(sample.question_ids)[:2] == "\n\n"
+
+
+def test_zeroscrolls_cuts_documents_at_their_end():
+    folder = str(FILES / "zeroscrolls")
+    (whole,) = make_task("zeroscrolls_gov_report", path=folder).samples(MODEL)
+    (cut,) = make_task("zeroscrolls_gov_report", path=folder, context=300, tokens=50).samples(MODEL)
+    assert len(cut.context_ids) + len(cut.question_ids) == 250 and cut.question_ids == whole.question_ids
+    note = "... [The rest of the story is omitted]\n\n"
+    assert read(cut.context_ids).endswith(note)
+    assert read(whole.context_ids).startswith(read(cut.context_ids).removesuffix(note))
+    with pytest.raises(ValueError, match="published without answers"):
+        make_task("zeroscrolls_musique", path=folder)
+    with pytest.raises(ValueError, match="no room for the question"):
+        make_task("zeroscrolls_gov_report", path=folder, context=60, tokens=20).samples(MODEL)
+
+
+def test_longmemeval():
+    task = make_task("longmemeval_oracle", path=str(FILES))
+    first, second = task.samples(MODEL)
+    assert prompt(first) == (
+        "I will give you several history chats between you and a user. Please answer the question based on the "
+        "relevant chat history.\n\n\nHistory Chats:\n\n"
+        "\n### Session 1:\nSession Date: 2023/05/20 (Sat) 02:21\nSession Content:\n\n"
+        '[{"role": "user", "content": "I drive a blue Volvo."}, {"role": "assistant", "content": "Nice {car}."}]\n'
+        "\n### Session 2:\nSession Date: 2023/05/21 (Sun) 02:00\nSession Content:\n\n"
+        '[{"role": "user", "content": "Hello again."}, {"role": "assistant", "content": "Hello!"}]\n'
+        "\n\nCurrent Date: 2023/05/30 (Tue) 23:40\nQuestion: Which car do I drive?\nAnswer:"
+    )
+    assert second.references == ("1",) and first.info == {"type": "single-session-user"}
+    assert gold(task, first) == gold(task, second) == 1.0
+    (only,) = make_task("longmemeval_oracle", path=str(FILES), count=1, context=300, tokens=100).samples(MODEL)
+    assert only.question_ids == first.question_ids and len(only.context_ids + only.question_ids) == 200
+    assert first.context_ids[: len(only.context_ids)] == only.context_ids
+
+
+GSM8K = {"path": str(FILES / "longgenbench"), "examples": str(FILES / "longgenbench" / "LongGenBench_prompt.txt")}
+MMLU = {"path": str(FILES / "longgenbench"), "examples": str(FILES / "longgenbench" / "LongGenBench_prompt.json")}
+
+
+def test_many_answers_of_gsm8k():
+    task = make_task("longgenbench_gsm8k", **GSM8K, questions=3)
+    first, second = task.samples(MODEL)
+    assert "Examples: \nQuestion_1: \nBob has" in read(first.context_ids)
+    assert read(first.context_ids).endswith("Answer_2:\nThe answer is 4.\n\nFollowing Question: \n")
+    assert (
+        read(first.question_ids)
+        == "".join(f"Question_{i + 2}:\nAnn has {i} pears and buys 2. How many?\n" for i in (1, 2, 3)) + "\n"
+    )
+    assert gold(task, first) == gold(task, second) == 1.0 and len(second.references) == 2
+    score = METRICS[task.metric]
+    assert score("Answer_6:\nSo 6.\n\nAnswer_7:\nThe answer is 1502.", second.references, {}) == 1.0
+    assert score("Answer_6:\nThe answer is 7.\n\nAnswer_7:\n1,502", second.references, {}) == 0.5
+    assert score("Answer_6:\n6", second.references, {}) == 0.5 and score("6", second.references, {}) == 0.0
+    assert len(make_task("longgenbench_gsm8k", **GSM8K, count=1).samples(MODEL)) == 1
+
+
+def test_many_answers_of_mmlu(tmp_path):
+    task = make_task("longgenbench_mmlu", **MMLU)
+    (sample,) = task.samples(MODEL)
+    assert "questions about anatomy.\n\nExamples: \nQuestion_1:\nWhich is an organ?\n(A) Liver" in prompt(sample)
+    assert read(sample.question_ids) == (
+        "Question_2:\nWhere is the heart?\n(A) In the chest, left(B) Head(C) Foot(D) Hand\n\n"
+        "Question_3:\nWhich is a bone?\n(A) Liver(B) Skin(C) Femur(D) Lung\n\n\n"
+    )
+    assert gold(task, sample) == 1.0 and sample.info == {"subject": "anatomy", "questions": 2}
+    assert METRICS[task.metric]("Answer_2:\n(A)\n\nAnswer_3:\n(B)", sample.references, {}) == 0.5
+    assert task.resolved()["sha256"] != make_task("longgenbench_mmlu", **MMLU, questions=1).resolved()["sha256"]
+    with pytest.raises(ValueError, match="no SUBJECT_test.csv"):
+        make_task("longgenbench_mmlu", **MMLU | {"path": str(tmp_path)})
+    with pytest.raises(ValueError, match="Cannot read the examples"):
+        make_task("longgenbench_mmlu", **MMLU | {"examples": str(tmp_path / "none.json")})
+
+
+def test_plans():
+    task = make_task("longgenbench_plans", path=str(FILES / "longgenbench"))
+    (sample,) = task.samples(MODEL)
+    assert prompt(sample).endswith("*** started ***\n#*# Week 1 (January 1st - January 7th):")
+    assert sample.stop == ("*** finished",) and sample.max_new_tokens == 8000
+    score = METRICS[task.metric]
+    assert score(" Snow.\n#*# Week 2 (8th): rain\n#*# Week 4: sun #*# Week 9", (), sample.info) == 0.75
+    assert score("".join(f"#*# Week {i}" for i in (2, 3, 4)), (), sample.info) == 1.0

@@ -12,7 +12,7 @@ from kvjax.evaluation.metrics import METRICS
 from kvjax.evaluation.tasks import make_task, make_tasks
 from tests.evaluation.letters import MODEL, prompt, read
 
-DATA = str(pathlib.Path(__file__).parents[1] / "data" / "tasks")
+DATA = str(pathlib.Path(__file__).parents[1] / "data" / "tasks" / "scbench")
 MADE = ("scbench_kv", "scbench_vt", "scbench_prefix_suffix", "scbench_many_shot")
 
 

@@ -18,6 +18,7 @@ class Prompt:
       answers: As a model would write them, any of them.
       references: What a written answer is scored against.
       info: See `Sample`.
+      cut: What stands at the end of a context that was too long and lost its end; None: it loses its middle.
     """
 
     context: str
@@ -25,6 +26,7 @@ class Prompt:
     answers: tuple[str, ...]
     references: tuple[str, ...] = ()
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    cut: str | None = None
 
 
 def most(cost: Callable[[int], int], room: int, least: int) -> int | None:

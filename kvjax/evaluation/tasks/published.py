@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from kvjax.checkpoints import Tokenizer
 from kvjax.evaluation.metrics import OF_CHINESE_WORDS, chinese_words
 from kvjax.evaluation.tasks.base import Ids, Metric, Sample, check_number, digest, text_sample, tokenizer_of
 from kvjax.evaluation.tasks.fit import Prompt
@@ -82,11 +84,13 @@ class Published:
       metric: In `METRICS`.
       files: Names of the file in a folder.
       keys: What every row must have.
-      make: The prompt of a row.
+      make: The prompt of a row; None where it cannot be scored and is left out.
       tokens: Written at most.
       path: Of the file, or of a folder that holds it.
-      context: Longer prompts lose their middle: prompt and answer have so many tokens at most. Default: nothing is cut.
+      context: Longer prompts lose their middle, or the context its end (`Prompt.cut`): prompt and answer have so many
+        tokens at most. Default: nothing is cut.
       count: Only the first so many rows; default: all.
+      stop: The written answer ends before the first of these texts.
     """
 
     name: str
@@ -94,11 +98,12 @@ class Published:
     metric: Metric
     files: tuple[str, ...]
     keys: tuple[str, ...]
-    make: Callable[[Record], Prompt]
+    make: Callable[[Record], Prompt | None]
     tokens: int
     path: str
     context: int | None = None
     count: int | None = None
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self):
         check_number("tokens", self.tokens, 1)
@@ -122,8 +127,9 @@ class Published:
 
     def samples(self, model: Model) -> list[Sample]:
         tokenizer = tokenizer_of(model, self.name)
-        samples = [
-            text_sample(
+        samples = []
+        for i, prompt in enumerate(self._prompts()):
+            sample = text_sample(
                 tokenizer,
                 id=str(i),
                 context=prompt.context,
@@ -131,30 +137,43 @@ class Published:
                 answers=prompt.answers,
                 references=prompt.references,
                 max_new_tokens=self.tokens,
+                stop=self.stop,
                 info=prompt.info,
             )
-            for i, prompt in enumerate(self._prompts())
-        ]
-        return [self._shortened(sample) for sample in samples]
+            samples.append(self._shortened(tokenizer, sample, prompt.cut))
+        return samples
 
     def _prompts(self) -> list[Prompt]:
         file = locate(self.path, self.files)
-        return [self._prompt(file, i, row) for i, row in enumerate(records(file, self.keys)[: self.count], 1)]
+        made = (self._prompt(file, i, row) for i, row in enumerate(records(file, self.keys), 1))
+        kept = list(itertools.islice((prompt for prompt in made if prompt is not None), self.count))
+        if not kept:
+            raise ValueError(f"{file} has no row that can be used.")
+        return kept
 
-    def _prompt(self, file: pathlib.Path, i: int, row: Record) -> Prompt:
+    def _prompt(self, file: pathlib.Path, i: int, row: Record) -> Prompt | None:
         try:
             prompt = self.make(row)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise ValueError(f"{file}: row {i} is not as {self.group} publishes them: {error!r}.") from None
-        if not prompt.answers:
+        if prompt is not None and not prompt.answers:
             raise ValueError(f"{file}: row {i} has no answer. Parts that are published without answers cannot be used.")
         return prompt
 
-    def _shortened(self, sample: Sample) -> Sample:
+    def _shortened(self, tokenizer: Tokenizer, sample: Sample, cut: str | None) -> Sample:
         if self.context is None:
             return sample
-        context, question = cut_middle(sample.context_ids, sample.question_ids, self.context - self.tokens)
-        return dataclasses.replace(sample, context_ids=context, question_ids=question)
+        room = self.context - self.tokens
+        if cut is None:
+            context, question = cut_middle(sample.context_ids, sample.question_ids, room)
+            return dataclasses.replace(sample, context_ids=context, question_ids=question)
+        room -= len(sample.question_ids)
+        if len(sample.context_ids) <= room:
+            return sample
+        note = tuple(tokenizer.encode(cut, add_bos=False)) if cut else ()
+        if room <= len(note):
+            raise ValueError(f"{self.context} tokens have no room for the question of sample {sample.id}.")
+        return dataclasses.replace(sample, context_ids=sample.context_ids[: room - len(note)] + note)
 
 
 def halves(template: str, row: Record) -> tuple[str, str]:

@@ -6,12 +6,26 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from kvjax.evaluation.tasks import longbench, needle, retrieval, ruler, scbench
+from kvjax.evaluation.tasks import (
+    infinitebench,
+    longbench,
+    longgenbench,
+    longmemeval,
+    needle,
+    retrieval,
+    ruler,
+    scbench,
+    zeroscrolls,
+)
 from kvjax.evaluation.tasks.base import Entry, Task
 from kvjax.evaluation.tasks.jsonl import read_json_lines
-from kvjax.evaluation.tasks.text import Perplexity
+from kvjax.evaluation.tasks.text import Drift, Perplexity, Stream
 
-TEXT = {"ppl": Entry(kind=Perplexity, group="text", about="goes on with a text: perplexity")}
+TEXT = {
+    "ppl": Entry(kind=Perplexity, group="text", about="goes on with a text: perplexity"),
+    "stream": Entry(kind=Stream, group="text", about="goes on with an endless text: perplexity along the way"),
+    "drift": Entry(kind=Drift, group="text", about="is led along a long text of the full cache: KL and agreement"),
+}
 TASKS: Mapping[str, Entry] = {
     **needle.TASKS,
     **retrieval.TASKS,
@@ -19,6 +33,10 @@ TASKS: Mapping[str, Entry] = {
     **ruler.TASKS,
     **scbench.TASKS,
     **longbench.TASKS,
+    **infinitebench.TASKS,
+    **zeroscrolls.TASKS,
+    **longmemeval.TASKS,
+    **longgenbench.TASKS,
 }
 
 
