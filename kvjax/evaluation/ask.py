@@ -88,7 +88,7 @@ def _quality(model: Model, asked: Asked, task: Task, case: Case, best: Likelihoo
     """What the task's metric says, in the row's terms."""
     match task.metric:
         case "perplexity":  # Whether a long text would have been written word for word is no question of interest.
-            return {"perplexity": math.exp(best.nll)}
+            return {"perplexity": math.exp(best.nll), "nll_curve": _curve(-best.logs)}
         case "exact":
             return {"score": float(best.greedy)}
         case "drift":  # Greedy decoding would leave the full cache's text at the first token that differs.

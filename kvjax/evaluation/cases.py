@@ -142,7 +142,7 @@ def check(model: Model, cases: Sequence[Case], settings: Settings) -> None:
       ValueError: A sample is longer than the model's context. PolicyError: A policy cannot serve the model or a prompt.
     """
     for case in cases:
-        if len(case.prompt) + case.longest > model.config.max_length:
+        if len(case.prompt) + case.longest > model.config.max_length and not case.sample.endless:
             raise ValueError(
                 f"Sample {case.sample.id} has {len(case.prompt)} tokens to compress and {case.longest} after them; the "
                 f"model's context is {model.config.max_length}."

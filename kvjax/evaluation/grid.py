@@ -41,7 +41,7 @@ from kvjax.evaluation.cases import (
 from kvjax.evaluation.heads import LOCAL, SINKS, head_maps, where
 from kvjax.evaluation.results import Row, config_hash, make_folder, read_rows, versions, write_json
 from kvjax.evaluation.runner import run
-from kvjax.evaluation.tasks import Task, make_task
+from kvjax.evaluation.tasks import Task, make_tasks
 from kvjax.model import Model
 from kvjax.policies import Policy
 from kvjax.policies.registry import nearest
@@ -195,17 +195,23 @@ def make_grid(given: Any, name: str, where: str = "The grid") -> Grid:
 
 
 def _tasks(entry: Any, where: str) -> list[Task]:
-    """The tasks of one entry: a name, or a mapping with `task`, its parameters and one or more lengths (`context`)."""
+    """The tasks of one entry: a name, or a mapping with `task` (a name or several, of tasks or of groups), parameters
+    and one or more lengths (`context`)."""
     entry = {"task": entry} if isinstance(entry, str) else entry
-    if not isinstance(entry, dict) or not isinstance(entry.get("task"), str):
+    names = entry.get("task") if isinstance(entry, dict) else None
+    names = names if isinstance(names, list) else [names]
+    if not isinstance(entry, dict) or not all(isinstance(name, str) for name in names):
         raise GridError(f"{where}: a task is a name, or a mapping such as {{task: needle, context: [1000, 2000]}}.")
     parameters = {key: value for key, value in entry.items() if key not in ("task", "context")}
     lengths = entry.get("context")
     lengths = lengths if isinstance(lengths, list) else [lengths]
-    try:
-        return [make_task(entry["task"], **_given(context=length), **parameters) for length in lengths]
-    except ValueError as error:
-        raise GridError(f"{where}: task {entry['task']}: {error}") from None
+    found = []
+    for name, length in itertools.product(names, lengths):
+        try:
+            found += make_tasks(str(name), **_given(context=length), **parameters)
+        except ValueError as error:
+            raise GridError(f"{where}: task {name}: {error}") from None
+    return found
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -77,14 +77,20 @@ class Likelihood:
     """Of one answer.
 
     Attributes:
-      log: Natural log of its probability, summed over tokens.
-      tokens: How many it has.
+      logs: Natural logs of its tokens' probabilities [tokens] float64.
       greedy: Whether greedy decoding writes exactly this.
     """
 
-    log: float
-    tokens: int
+    logs: np.ndarray
     greedy: bool
+
+    @property
+    def log(self) -> float:
+        return float(self.logs.sum())
+
+    @property
+    def tokens(self) -> int:
+        return len(self.logs)
 
     @property
     def nll(self) -> float:
@@ -97,8 +103,8 @@ def likelihood(model: Model, x: np.ndarray, answer: Sequence[int]) -> Likelihood
     targets = _in_rows(np.asarray(answer, np.int32))
     log_p, best = _likelihoods(model.params, model.config, _in_rows(x), targets)
     number = len(answer)
-    log_p = np.asarray(log_p, np.float64).ravel()[:number]
-    return Likelihood(float(log_p.sum()), number, bool(np.asarray(best).ravel()[:number].all()))
+    logs = np.asarray(log_p, np.float64).ravel()[:number]
+    return Likelihood(logs, bool(np.asarray(best).ravel()[:number].all()))
 
 
 def divergence(model: Model, x: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -21,4 +21,4 @@ from kvjax.evaluation.tasks.registry import (
     make_task as make_task,
     make_tasks as make_tasks,
 )
-from kvjax.evaluation.tasks.text import Perplexity as Perplexity
+from kvjax.evaluation.tasks.text import Drift as Drift, Perplexity as Perplexity, Stream as Stream

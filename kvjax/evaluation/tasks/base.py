@@ -31,6 +31,7 @@ class Sample:
       early: How many of the question's tokens are compressed with the context where the question is known in time
         (the aware protocol); None: all but the last. In a conversation `question_ids` is all turns so far with their
         right answers, and `early` covers the first turn's question alone.
+      endless: Whether it may go on beyond the model's context.
       info: What else a row should say, such as a needle's depth; JSON values.
     """
 
@@ -42,6 +43,7 @@ class Sample:
     max_new_tokens: int = 0
     stop: tuple[str, ...] = ()
     early: int | None = None
+    endless: bool = False
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

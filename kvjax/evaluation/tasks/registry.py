@@ -68,7 +68,7 @@ def make_task(name: str, **parameters: Any) -> Task:
             f"{' and '.join(wrong)}: no parameter of the task {name}{_meant(wrong[0], known)}. It has "
             f"{', '.join(known)}."
         )
-    if missing := [key for key, default in known.items() if default is dataclasses.MISSING and key not in given]:
+    if missing := _missing(entry, given):
         raise ValueError(f"The task {name} needs {' and '.join(missing)}: {entry.about}.")
     return entry.build(**given)
 
@@ -93,8 +93,18 @@ def make_tasks(name: str, **parameters: Any) -> tuple[Task, ...]:
             f"{' and '.join(wrong)}: no parameter of any task of {name}{_meant(wrong[0], known)}. They have "
             f"{', '.join(known)}."
         )
+    lacking = [member for member in members if set(_missing(TASKS[member], given))]
+    if lacking:
+        rest = [member for member in members if member not in lacking]
+        others = f", or name those that do not: {', '.join(rest)}" if rest else ""
+        needs = " and ".join(_missing(TASKS[lacking[0]], given))
+        raise ValueError(f"{' and '.join(lacking)} of {name} need {needs}: give it{others}.")
     fitting = {member: {k: v for k, v in given.items() if k in TASKS[member].parameters} for member in members}
     return tuple(make_task(member, **fitting[member]) for member in members)
+
+
+def _missing(entry: Entry, given: Mapping[str, Any]) -> list[str]:
+    return [key for key, default in entry.parameters.items() if default is dataclasses.MISSING and key not in given]
 
 
 def _from_file(name: str, given: Mapping[str, Any]) -> Task:
