@@ -97,7 +97,9 @@ def test_groups():
     assert make_tasks("needle", context=99) == (Needle(context=99),)
     with pytest.raises(ValueError, match="hop: no parameter of any task of text"):
         make_tasks("text", hop=3)
-    with pytest.raises(ValueError, match="The task qa_1 needs path"):
+    with pytest.raises(
+        ValueError, match="qa_1 and qa_2 of ruler need path: give it, or name those that do not: niah_single_1,"
+    ):
         make_tasks("ruler")
 
 
