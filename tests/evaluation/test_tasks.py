@@ -1,11 +1,14 @@
 """Samples are what they say: lengths, needles, the same for the same seed; files are read, or refused by line."""
 
 import json
+import pathlib
+import runpy
 
 import pytest
 
 import kvjax
 from kvjax.evaluation import make_task
+from kvjax.evaluation.metrics import METRICS
 from kvjax.evaluation.tasks import (
     TASKS,
     Needle,
@@ -155,3 +158,14 @@ def test_ids_beyond_the_vocabulary(model, tmp_path):
     path.write_text(json.dumps(IDS | {"answer_ids": [10**6]}))
     with pytest.raises(ValueError, match=":1: token id 1000000 is out of range"):
         make_task(str(path)).samples(model)
+
+
+def test_the_page_of_tasks_is_up_to_date():
+    root = pathlib.Path(__file__).parents[2]
+    page = runpy.run_path(str(root / "scripts" / "make_task_table.py"))["page"]
+    assert (root / "docs" / "tasks.md").read_text() == page(), "run python scripts/make_task_table.py"
+
+
+def test_metrics_are_known():
+    for entry in TASKS.values():
+        assert entry.metric in METRICS or entry.metric in ("exact", "perplexity", "drift")

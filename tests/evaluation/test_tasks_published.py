@@ -1,5 +1,6 @@
 """Benchmarks from small files in their published formats: the published prompts, and gold answers that are right."""
 
+import importlib.util
 import pathlib
 
 import pytest
@@ -87,6 +88,12 @@ def test_files_are_named_when_they_are_wrong(tmp_path):
         make_task("longbench_qasper", path=str(tmp_path))
     with pytest.raises(ValueError, match="has no room"):
         make_task("longbench_qasper", path=DATA, context=100)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jieba") is not None, reason="jieba is installed")
+def test_chinese_words_need_a_package():
+    with pytest.raises(ValueError, match="pip install jieba"):
+        make_task("longbench_dureader", path=DATA)
 
 
 def test_a_file_is_part_of_what_is_resolved():

@@ -189,6 +189,12 @@ class Entry:
         own = {field.name: field.default for field in fields if field.init and field.name not in self.fixed}
         return {**own, **self.defaults}
 
+    @property
+    def metric(self) -> Metric:
+        """See `Task.metric`."""
+        fields = {field.name: field.default for field in dataclasses.fields(self.kind)}  # type: ignore[arg-type]
+        return self.fixed.get("metric", fields["metric"])
+
     def build(self, **parameters: Any) -> Task:
         return self.kind(**{**self.fixed, **self.defaults, **parameters})
 

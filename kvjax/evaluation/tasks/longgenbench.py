@@ -35,6 +35,7 @@ class ManyAnswers:
     Attributes:
       name: Of the task.
       data: "gsm8k" (JSON lines of question and answer) or "mmlu" (a folder of SUBJECT_test.csv).
+      metric: "numbered_numbers" or "numbered_letters".
       path: Of GSM8K's test.jsonl or its folder; of MMLU's folder that holds the files, or `test` with them.
       examples: Solved examples: for GSM8K a text of "Question_1:" ... "Answer_8:", for MMLU a JSON object of texts with
         "Q:" and "A:" by subject (the benchmark's LongGenBench_prompt.txt and .json).
@@ -45,6 +46,7 @@ class ManyAnswers:
 
     name: str
     data: Literal["gsm8k", "mmlu"]
+    metric: Metric
     path: str
     examples: str
     questions: int = 30
@@ -60,16 +62,11 @@ class ManyAnswers:
             check_number("samples", self.count, 1)
         self._prompts()
 
-    @property
-    def metric(self) -> Metric:
-        return "numbered_numbers" if self.data == "gsm8k" else "numbered_letters"
-
     def resolved(self) -> dict[str, Any]:
         content = json.dumps([dataclasses.asdict(prompt) for prompt in self._prompts()])
         return dataclasses.asdict(self) | {
             "path": pathlib.Path(self.path).name,
             "examples": pathlib.Path(self.examples).name,
-            "metric": self.metric,
             "sha256": digest(content),
         }
 
@@ -195,13 +192,13 @@ TASKS = {
         kind=ManyAnswers,
         group="longgenbench",
         about="answers many questions of GSM8K in one text (path of test.jsonl, examples: path of solved ones)",
-        fixed={"name": "longgenbench_gsm8k", "data": "gsm8k"},
+        fixed={"name": "longgenbench_gsm8k", "data": "gsm8k", "metric": "numbered_numbers"},
     ),
     "longgenbench_mmlu": Entry(
         kind=ManyAnswers,
         group="longgenbench",
         about="answers many questions of MMLU in one text (path of its folder, examples: path of solved ones)",
-        fixed={"name": "longgenbench_mmlu", "data": "mmlu"},
+        fixed={"name": "longgenbench_mmlu", "data": "mmlu", "metric": "numbered_letters"},
     ),
     # Its judge, a language model, is not run: whether units hold what they should is not known. There is no reference
     # text either, so likelihood is that of the second unit's heading.

@@ -42,6 +42,7 @@ class ScBench:
     Attributes:
       name: Of the task.
       kind: What is asked: SCBench's name without "scbench_".
+      metric: SCBench's.
       mode: How questions follow one another: "multi_turn" or "multi_request".
       turns: Questions about a context; of a file's rows the first so many (default there: all).
       context: Tokens of the whole: context, all turns and the last answer. A file's contexts lose their middle where
@@ -54,6 +55,7 @@ class ScBench:
 
     name: str
     kind: str
+    metric: Metric
     mode: Literal["multi_turn", "multi_request"] = "multi_turn"
     turns: int | None = None
     context: int | None = None
@@ -79,10 +81,6 @@ class ScBench:
             self._read()
 
     @property
-    def metric(self) -> Metric:
-        return self._prompts["metric"]
-
-    @property
     def length(self) -> int | None:
         return self._context
 
@@ -99,7 +97,7 @@ class ScBench:
         return self.tokens or of_turn or self._prompts["tokens"]
 
     def resolved(self) -> dict[str, Any]:
-        own = dataclasses.asdict(self) | {"context": self._context, "metric": self.metric}
+        own = dataclasses.asdict(self) | {"context": self._context}
         if self.path is None:
             return own
         file = self._file()
@@ -243,7 +241,7 @@ TASKS = {
         group="scbench",
         about=f"several questions about one context: {about}"
         + ("" if kind in GENERATORS else f" (path of scbench_{kind}.jsonl)"),
-        fixed={"name": f"scbench_{kind}", "kind": kind},
+        fixed={"name": f"scbench_{kind}", "kind": kind, "metric": prompts("scbench")[kind]["metric"]},
     )
     for kind, about in ABOUT.items()
 }

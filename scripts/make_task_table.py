@@ -1,0 +1,112 @@
+"""Writes docs/tasks.md, the table of all tasks, from the registry: python scripts/make_task_table.py"""
+
+import dataclasses
+from pathlib import Path
+
+from kvjax.evaluation.tasks import TASKS, groups
+
+PAGE = Path(__file__).parents[1] / "docs" / "tasks.md"
+HEAD = """# Tasks
+
+Made from the registry by `scripts/make_task_table.py`. A task is named on the command line and in a grid
+(`--task vt`, or a group: `ruler`); a file of JSON lines is a task too. In Python:
+
+```python
+from kvjax.evaluation.tasks import make_task, make_tasks
+
+task = make_task("niah_multikey_1", context=4096, count=20)
+ruler = make_tasks("ruler", context=4096, path="data/")  # All thirteen; path: of SQuAD's and HotpotQA's files.
+samples = task.samples(model)  # Token ids of context, question and answers, for this model's tokenizer.
+```
+
+Nothing is downloaded. Tasks that are made here fit any tokenizer and length, are never longer than asked, and are the
+same for the same seed. Tasks from files read the published format from `path` (the file, or a folder that holds it under
+its published name).
+
+- **context**: unless a group says otherwise, tokens of the whole, of prompt and answer. A prompt from a file that is
+  longer is cut as its benchmark cuts.
+- **metric**: `exact` asks whether greedy decoding would write an answer word for word (nothing is written: it is fed),
+  `perplexity` is that of the answer's tokens. For all others up to `tokens` tokens are written greedily and the text is
+  scored by that function of `kvjax/evaluation/metrics.py`, from 0 to 1.
+- Prompts are those for base models; chat templates are not applied. Where a prompt ends in a space, the space belongs
+  to the answer's first token if the tokenizer reads it so.
+- *No default* marks what must be given.
+"""
+ABOUT = {
+    "needle": (
+        "Numbers hidden in Python's manual, in the manner of RULER. `context` counts the context alone. With "
+        "`depths` a needle lies at each of them: a heat map is a grid of contexts over depths, and rows say "
+        "`depth`."
+    ),
+    "retrieval": (
+        "Single retrieval problems with control of depth. Needles and `copy` count the context alone. `passkey` "
+        "is [Landmark Attention](https://arxiv.org/abs/2305.16300)'s in the words of InfiniteBench, `kv` is that "
+        "of [Lost in the Middle](https://arxiv.org/abs/2307.03172) with its prompt; `copy_tokens` needs no "
+        "tokenizer."
+    ),
+    "text": ("Python's manual as text."),
+    "ruler": (
+        "[RULER](https://arxiv.org/abs/2404.06654) with its configurations, prompts, answer prefixes, lengths and "
+        "scores ([source](https://github.com/NVIDIA/RULER)). What differs: the essay is Python's manual unless "
+        "`haystack` names a text file (Paul Graham's essays are not shipped), and words come from a short list "
+        "and its compounds in the place of the package wonderwords, so numbers are comparable among policies "
+        "here, not with RULER's tables. RULER takes 500 samples. `vt` takes any number of chains and hops."
+    ),
+    "scbench": (
+        "[SCBench](https://arxiv.org/abs/2412.10319): several questions about one context that is compressed "
+        "once. `mode=multi_turn`: a question follows the earlier ones and their right answers; "
+        "`mode=multi_request`: every question comes alone. Rows say `turn`. Four are made here unless `path` "
+        "names SCBench's file; the texts of `prefix_suffix` and `many_shot` made here are our own. repoqa and "
+        "repoqa_and_kv are missing: their score needs a parser of each language."
+    ),
+    "longbench": (
+        "[LongBench](https://arxiv.org/abs/2308.14508) with its prompts, lengths and metrics "
+        "([source](https://github.com/THUDM/LongBench), MIT). Chinese answers are cut into words by the package "
+        "jieba."
+    ),
+    "infinitebench": (
+        "[InfiniteBench](https://arxiv.org/abs/2402.13718) with its prompts for base models, lengths and metrics "
+        "([source](https://github.com/OpenBMB/InfiniteBench), MIT)."
+    ),
+    "zeroscrolls": (
+        "[ZeroSCROLLS](https://arxiv.org/abs/2305.14196): rows hold their prompts. Answers are published for the "
+        "validation split alone. ROUGE without stemming."
+    ),
+    "longmemeval": (
+        "[LongMemEval](https://arxiv.org/abs/2410.10813). Its judge, a language model, is **not run**: the score "
+        "says whether the expected answer stands in what was written. Abstention and preference questions, which "
+        "only a judge can score, are left out."
+    ),
+    "longgenbench": (
+        "[LongGenBench](https://arxiv.org/abs/2410.04199): many answers in one text. Solved examples come from a "
+        "file (`examples`); instructions are in our own words."
+    ),
+    "longgenbench_plans": (
+        "[The other LongGenBench](https://arxiv.org/abs/2409.02076), *Spinning the Golden Thread*. Its judge is "
+        "**not run**: the score is the completion rate alone, not whether units hold what they should."
+    ),
+}
+
+
+def shown(default: object) -> str:
+    return "*no default*" if default is dataclasses.MISSING else f"`{default}`"
+
+
+def row(name: str) -> str:
+    entry = TASKS[name]
+    parameters = ", ".join(f"{key} {shown(default)}" for key, default in entry.parameters.items())
+    return f"| `{name}` | {entry.about} | `{entry.metric}` | {parameters} |\n"
+
+
+def section(group: str, names: tuple[str, ...]) -> str:
+    table = "| task | what it asks | metric | parameters and defaults |\n|---|---|---|---|\n"
+    return f"\n## {group}\n\n{ABOUT[group]}\n\n{table}" + "".join(map(row, names))
+
+
+def page() -> str:
+    """All groups, each with its source and a row per task."""
+    return HEAD + "".join(section(group, names) for group, names in groups().items())
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
