@@ -20,8 +20,8 @@ samples = task.samples(model)  # Token ids of context, question and answers, for
 ```
 
 Nothing is downloaded. Tasks that are made here fit any tokenizer and length, are never longer than asked, and are the
-same for the same seed. Tasks from files read the published format from `path` (the file, or a folder that holds it under
-its published name).
+same for the same seed. Tasks from files read the published format from `path` (the file, or a folder that holds it
+under its published name).
 
 - **context**: unless a group says otherwise, tokens of the whole, of prompt and answer. A prompt from a file that is
   longer is cut as its benchmark cuts.
