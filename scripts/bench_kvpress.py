@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 NEEDLES = ROOT / "tests" / "data" / "needles_gemma3_270m.json"
 STEPS = 16
 KEPT = (0.5, 0.25)  # Shares of the tokens.
-# kvjax's policy for a share {b}, and kvpress' for a ratio {r} of what is removed. Where defaults differ, kvpress' count.
+# kvjax's policy for a share {b}, and kvpress' for a ratio {r} of what is removed; where defaults differ, kvpress'.
 METHODS = {
     "full": ("full", "None"),
     "knorm": ("knorm({b})", "KnormPress({r})"),
@@ -44,11 +44,16 @@ METHODS = {
     "think": ("think(0.4, whole=0)", "ThinKPress(0.4)"),
     "4 bits": ("int4(group=64)", "quantized"),
 }
+TIMED = ("full", "knorm", "expected_attention", "snapkv", "chunkkv", "h2o", "think", "4 bits")  # At the smallest share.
 ONCE = ("full", "think", "4 bits")  # Have no budget of tokens.
 
 
 def cells() -> list[tuple[str, float | None]]:
     return [(name, share) for name in METHODS for share in ((None,) if name in ONCE else KEPT)]
+
+
+def timed_cells() -> list[tuple[str, float | None]]:
+    return [(name, None if name in ONCE else min(KEPT)) for name in TIMED]
 
 
 def prompts(count: int, protocol: str) -> list[tuple[list[int], list[int], list[int]]]:
@@ -99,7 +104,7 @@ def kvjax_speed(repeats: int) -> dict:
     model = kvjax.load("gemma3-270m", jnp.float32)
     tokens = jnp.asarray([prompts(1, "agnostic")[0][0]], jnp.int32)
     out = {}
-    for name, b in cells():
+    for name, b in timed_cells():
         policy, times = kvjax.parse_policy(METHODS[name][0].format(b=b)), []
         for repeat in range(repeats + 1):  # The first compiles, and does not count.
             start = time.perf_counter()
@@ -227,7 +232,7 @@ def kvpress_speed(repeats: int, folder: str) -> dict:
     full = [layer.self_attn for layer in model.model.layers if not layer.self_attn.is_sliding]
     for attention in full:
         attention.rotary_emb = rotary(model)
-    for name, b in cells():
+    for name, b in timed_cells():
         press, times = press_of(name, b), []
         model.set_attn_implementation("eager" if name == "h2o" else "sdpa")
         for repeat in range(repeats + 1):
@@ -273,13 +278,18 @@ def rows_of(found: dict[tuple, list]) -> list[dict]:
     ]
 
 
-def child(side: str, part: str, number: int, folder: str, threads: int):
+def child(out: pathlib.Path, side: str, part: str, number: int, folder: str, threads: int):
+    """What a process of its own measures; what an interrupted run has left is not measured again."""
+    if out.exists():
+        return json.loads(out.read_text())
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, __file__, "--side", side, "--part", part, "--number", str(number), "--folder", folder]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{side} {part} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    out.write_text(done.stdout.splitlines()[-1])
+    print(f"{out.stem} done", flush=True)
+    return json.loads(out.read_text())
 
 
 def save_weights(folder: str) -> None:
@@ -300,22 +310,20 @@ def table(result: dict) -> str:
     for side in ("kvpress", "kvjax"):
         for row in result["quality"].get(side, []):
             pairs.setdefault((row["method"], row["kept"], row["protocol"]), {})[side] = row
-    for (name, b, protocol), pair in sorted(
-        pairs.items(), key=lambda item: (item[0][2], list(METHODS).index(item[0][0]))
-    ):
-        theirs, ours = pair["kvpress"], pair["kvjax"]
-        speed = result["speed"].get(f"{name}|{b}", {})
-        times = [
-            f"{speed[part]['ratio']:.2f}x ({speed[part]['kvpress'] * unit:.{digits}f} / {speed[part]['kvjax'] * unit:.{digits}f})"
-            if speed and protocol == "agnostic"
-            else ""
-            for part, unit, digits in (("prefill", 1, 2), ("decode", 1e3, 0))
-        ]
-        lines.append(
-            f"| {name} | {'all' if b is None else f'{b:.0%}'} | {protocol} | {theirs['answered']} / {ours['answered']} of "
-            f"{ours['samples']} | {theirs['nll']:.4f} / {ours['nll']:.4f} | {theirs['nbytes'] / 1e6:.2f} / "
-            f"{ours['nbytes'] / 1e6:.2f} | {times[0]} | {times[1]} |"
-        )
+    order = list(METHODS)
+    for (name, b, protocol), pair in sorted(pairs.items(), key=lambda item: (item[0][2], order.index(item[0][0]))):
+        theirs, ours, times = pair["kvpress"], pair["kvjax"], ["", ""]
+        if protocol == "agnostic" and f"{name}|{b}" in result["speed"]:
+            read, decode = (result["speed"][f"{name}|{b}"][part] for part in ("prefill", "decode"))
+            times = [
+                f"{read['ratio']:.2f}x ({read['kvpress']:.2f} / {read['kvjax']:.2f} s)",
+                f"{decode['ratio']:.2f}x ({1e3 * decode['kvpress']:.0f} / {1e3 * decode['kvjax']:.0f} ms)",
+            ]
+        kept = "all" if b is None else f"{b:.0%}"
+        right = f"{theirs['answered']} / {ours['answered']} of {ours['samples']}"
+        nll = f"{theirs['nll']:.4f} / {ours['nll']:.4f}"
+        size = f"{theirs['nbytes'] / 1e6:.2f} / {ours['nbytes'] / 1e6:.2f}"
+        lines.append(f"| {' | '.join([name, kept, protocol, right, nll, size, *times])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -336,19 +344,20 @@ def main() -> None:
         print(json.dumps(of[args.part == "speed"](args.number, *more)))
         return
 
-    args.out.mkdir(parents=True, exist_ok=True)
+    parts = args.out / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
     result: dict = {"threads": args.threads, "steps": STEPS, "methods": METHODS, "quality": {}, "speed": {}}
     with tempfile.TemporaryDirectory() as folder:
         save_weights(folder)
         for side in ("kvpress", "kvjax"):
-            result["quality"][side] = child(side, "quality", args.prompts, folder, args.threads)
-            print(f"quality of {side} done", flush=True)
+            where = parts / f"quality_{side}.json"
+            result["quality"][side] = child(where, side, "quality", args.prompts, folder, args.threads)
         times: dict[str, dict[str, list]] = {}
-        for _ in range(args.rounds):
+        for i in range(args.rounds):
             for side in ("kvpress", "kvjax"):
-                for cell, measured in child(side, "speed", args.repeats, folder, args.threads).items():
+                where = parts / f"speed_{side}_{i}.json"
+                for cell, measured in child(where, side, "speed", args.repeats, folder, args.threads).items():
                     times.setdefault(cell, {}).setdefault(side, []).extend(measured)
-                print(f"speed of {side} done", flush=True)
     for cell, sides in times.items():
         for i, part in enumerate(("prefill", "decode")):
             median = {side: statistics.median(time[i] for time in all) for side, all in sides.items()}

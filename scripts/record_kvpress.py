@@ -96,7 +96,7 @@ def kept(press, module, hidden, keys, values, attentions, kwargs) -> np.ndarray:
 
 
 def observe(model, ids: list[int]) -> tuple[DynamicCache, list]:
-    """The cache of a prompt, and what a press gets of each full-attention layer: module, arguments, attention weights."""
+    """The cache of a prompt, and of each full-attention layer its module, arguments and attention weights."""
     kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * model.config.num_hidden_layers
     cache, seen, hooks = DynamicCache(config=model.config), [], []
 

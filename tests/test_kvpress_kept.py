@@ -1,7 +1,7 @@
 """On the same queries and keys, policies keep the tokens that NVIDIA kvpress keeps: 99 % of them at least.
 
 `tests/data/kvpress/kept.npz` (`scripts/record_kvpress.py`, kvpress 0.5.4) holds what each of its methods left of a
-prompt of the house model (six layers of four KV heads) and of Gemma 3 270M (three full-attention layers of one), float32.
+prompt of the house model (six layers, four KV heads) and of Gemma 3 270M (three full-attention layers, one), float32.
 Where the two libraries mean different things by a name, the policy here says what kvpress does, and why:
 
 * `window=64`: kvpress observes 64 queries by default, the paper and we 32.
