@@ -12,6 +12,7 @@ from kvjax.commands.evaluate import compare, evaluate
 from kvjax.commands.generate import generate
 from kvjax.commands.methods import methods
 from kvjax.commands.plan import plan
+from kvjax.commands.report import report
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
@@ -34,5 +35,6 @@ app.command(name="eval")(evaluate)
 app.command()(generate)
 app.add_typer(bench_app, name="bench")
 app.command()(plan)
+app.command()(report)
 app.command()(methods)
 app.command()(doctor)

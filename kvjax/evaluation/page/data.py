@@ -1,0 +1,276 @@
+"""What the page shows, as JSON: the script looks numbers up and draws them, and computes none.
+
+Means, intervals and verdicts are those of `leaderboard`, for every choice of task, length and protocol. Choices of the
+same jobs share one table. What is large and seldom looked at, the text of prompts and who keeps its tokens, is packed.
+"""
+
+import base64
+import json
+import math
+import pathlib
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kvjax.evaluation.leaderboard import leaderboard
+from kvjax.evaluation.page.folder import Job, Run
+from kvjax.evaluation.results import Row
+
+ANY = "*"  # In the key of a view: all tasks, lengths or protocols.
+COLUMNS = (
+    "score",
+    "low",
+    "high",
+    "difference",
+    "p",
+    "differs",
+    "perplexity",
+    "nll",
+    "kl",
+    "top1",
+    "nbytes",
+    "smaller",
+    "decode_tokens_per_s",
+    "decode_ratio",
+    "jobs",
+    "samples",
+)
+DEPTHS = 11  # So many different depths are shown as they are; more fall into ten bins.
+LEVELS = 20  # Shares of heads are told apart by a twentieth.
+PACKED = 2_000_000  # Characters of packed prompts that a page holds at most.
+
+
+def page_data(run: Run) -> dict[str, Any]:
+    """All of a page.
+
+    Returns:
+      title and about (what was run), config; policies, tasks, lengths and protocols, which everything else names by their
+      index; columns, keys and boards (the leaderboards, see `views`); needles, drift, kept and heads, empty or None
+      where a run has none.
+    """
+    rows = run.rows
+    policies = _policies(run)
+    names = [policy["name"] for policy in policies]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    lengths = sorted({length for row in rows if (length := row.get("length")) is not None})
+    protocols = list(dict.fromkeys(row["protocol"] for row in rows))
+    metrics = {row["task"]: row["metric"] for row in rows}
+    groups = {row["task"]: row.get("group") for row in rows}
+    keys, boards = views(run, tasks, lengths, protocols, names)
+    kept, left_out = _kept(run.jobs, names)
+    return {
+        "title": (run.grid or {}).get("title") or run.name,
+        "about": _about(run, tasks, lengths, protocols),
+        "config": run.grid or rows[0]["config"],
+        "policies": policies,
+        "tasks": [{"name": name, "metric": metrics[name], "group": groups[name]} for name in tasks],
+        "lengths": lengths,
+        "protocols": protocols,
+        "columns": COLUMNS,
+        "keys": keys,
+        "boards": boards,
+        "needles": _needles(rows, names),
+        "drift": [curve for job in run.jobs if (curve := _drift(job, names))],
+        "kept": kept,
+        "kept_left_out": left_out,
+        "heads": run.heads,
+    }
+
+
+def _policies(run: Run) -> list[Row]:
+    """In the grid's order; the full cache is first."""
+    found = {row["policy"]: row for row in reversed(run.rows)}
+    order = [name for name in (run.grid or {}).get("policies", ()) if name in found]
+    names = dict.fromkeys([run.rows[0]["policy"], *order, *(row["policy"] for row in run.rows)])
+    return [
+        {"name": name, "method": found[name].get("method", name), "budget": _text(found[name].get("budget"))}
+        for name in names
+    ]
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _about(run: Run, tasks: Sequence[str], lengths: Sequence[int], protocols: Sequence[str]) -> Row:
+    def all_of(values: Iterable[Any]) -> list[Any]:
+        return list(dict.fromkeys(value for value in values if value is not None))
+
+    rows = run.rows
+    prompts = [row["prompt_tokens"] for row in rows if "prompt_tokens" in row]
+    versions = [row["versions"] for row in rows if row.get("versions")]
+    return {
+        "models": all_of(pathlib.PurePath(row["model"]).name for row in rows if row.get("model")),
+        "dtypes": all_of(row["config"].get("dtype") for row in rows),
+        "devices": all_of(row.get("device") for row in rows),
+        "versions": {
+            name: all_of(of.get(name) for of in versions) for name in dict.fromkeys(n for v in versions for n in v)
+        },
+        "tasks": tasks,
+        "lengths": lengths,
+        "protocols": protocols,
+        "prompts": [min(prompts), max(prompts)] if prompts else None,
+        "samples": len({(job.name, row["sample"]) for job in run.jobs for row in job.rows}),
+        "jobs": len(run.jobs),
+        "rows": len(rows),
+        "left_out": (run.grid or {}).get("left_out", {}),
+        "from": min((row["time"] for row in rows if row.get("time")), default=None),
+        "to": max((row["time"] for row in rows if row.get("time")), default=None),
+    }
+
+
+# Leaderboards
+
+
+def views(
+    run: Run, tasks: Sequence[str], lengths: Sequence[int], protocols: Sequence[str], names: Sequence[str]
+) -> tuple[dict[str, int], list[list[list[Any]]]]:
+    """Leaderboards of all choices.
+
+    Returns:
+      keys: "task/length/protocol", each an index or `ANY`, to an index into boards; choices without rows are not there.
+      boards: Lists of [policy's index, *COLUMNS], the full cache first, then the best first.
+    """
+    keys: dict[str, int] = {}
+    boards: list[list[list[Any]]] = []
+    seen: dict[tuple[int, ...], int] = {}
+    of = [(job.rows[0]["task"], job.rows[0].get("length"), job.rows[0]["protocol"]) for job in run.jobs]
+    for t in (ANY, *range(len(tasks))):
+        for s in (ANY, *range(len(lengths))):
+            for p in (ANY, *range(len(protocols))):
+                wanted = (_at(tasks, t), _at(lengths, s), _at(protocols, p))
+                jobs = tuple(
+                    i for i, job in enumerate(of) if all(w in (ANY, x) for w, x in zip(wanted, job, strict=True))
+                )
+                if not jobs:
+                    continue
+                if jobs not in seen:
+                    seen[jobs] = len(boards)
+                    boards.append(_board([row for i in jobs for row in run.jobs[i].rows], names))
+                keys[f"{t}/{s}/{p}"] = seen[jobs]
+    return keys, boards
+
+
+def _at(values: Sequence[Any], index: Any) -> Any:
+    return ANY if index == ANY else values[index]
+
+
+def _board(rows: Sequence[Row], names: Sequence[str]) -> list[list[Any]]:
+    return [[names.index(row["policy"]), *(_short(row[key]) for key in COLUMNS)] for row in leaderboard(rows)]
+
+
+def _short(value: Any) -> Any:
+    """Numbers with the digits that are shown, and nothing that JSON has no word for."""
+    if value is None or isinstance(value, bool | np.bool_):
+        return None if value is None else bool(value)
+    if not math.isfinite(value):
+        return None
+    number = float(f"{value:.5g}")
+    return int(number) if number.is_integer() else number
+
+
+# Needles, drift
+
+
+def _needles(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    """For each task and protocol with depths: scores [policy][depth][length], None where there are no samples."""
+    deep = [row for row in rows if isinstance(row.get("depth"), int | float) and "score" in row]
+    out = []
+    for task, protocol in dict.fromkeys((row["task"], row["protocol"]) for row in deep):
+        mine = [row for row in deep if (row["task"], row["protocol"]) == (task, protocol)]
+        lengths = sorted({row.get("length") or row["prompt_tokens"] for row in mine})
+        depths = sorted({round(float(row["depth"]), 3) for row in mine})
+        if len(depths) > DEPTHS:
+            depths = [round(0.05 + 0.1 * i, 2) for i in range(10)]
+        cells: dict[tuple[int, int, int], list[float]] = {}
+        for row in mine:
+            depth = min(range(len(depths)), key=lambda i: abs(depths[i] - row["depth"]))
+            where = names.index(row["policy"]), depth, lengths.index(row.get("length") or row["prompt_tokens"])
+            cells.setdefault(where, []).append(row["score"])
+        policies = sorted({policy for policy, _, _ in cells})
+        scores = [
+            [[_mean(cells.get((p, d, s))) for s in range(len(lengths))] for d in range(len(depths))] for p in policies
+        ]
+        most = max(map(len, cells.values()))
+        out.append(
+            {"task": task, "protocol": protocol, "lengths": lengths, "depths": depths, "policies": policies}
+            | {"scores": scores, "samples": most}
+        )
+    return out
+
+
+def _mean(values: Sequence[float] | None) -> float | None:
+    return _short(float(np.mean(values))) if values else None
+
+
+def _drift(job: Job, names: Sequence[str]) -> Row | None:
+    """KL to the full cache and agreement along a long text, means over samples."""
+    rows = [row for row in job.rows if row.get("kl_curve")]
+    if not rows:
+        return None
+    found = list(dict.fromkeys(row["policy"] for row in rows))
+
+    def curves(key: str) -> list[list[float]]:
+        grouped = [[row[key] for row in rows if row["policy"] == name] for name in found]
+        return [[_short(x) for x in np.mean([c[: min(map(len, of))] for c in of], 0)] for of in grouped]
+
+    agreement = {"top1": curves("top1_curve")} if all(row.get("top1_curve") for row in rows) else {}
+    return {
+        "job": job.name,
+        "task": rows[0]["task"],
+        "length": rows[0].get("length"),
+        "protocol": rows[0]["protocol"],
+        "tokens": rows[0]["config"].get("task", {}).get("tokens"),
+        "samples": len({row["sample"] for row in rows}),
+        "policies": [names.index(name) for name in found],
+        "kl": curves("kl_curve"),
+        **agreement,
+    }
+
+
+# Who stays
+
+
+def _kept(jobs: Sequence[Job], names: Sequence[str]) -> tuple[list[Row], list[str]]:
+    """Packed, job by job, as long as there is room; and the names of jobs for which there was none."""
+    kept, left_out, room = [], [], PACKED
+    for job in jobs:
+        if not job.kept or not job.kept.get("policies"):
+            continue
+        packed = pack(kept_of(job.kept, names))
+        if len(packed) > room:
+            left_out.append(job.name)
+            continue
+        room -= len(packed)
+        kept.append({"job": job.name, "sample": job.kept.get("sample"), "packed": packed})
+    return kept, left_out
+
+
+def kept_of(kept: Mapping[str, Any], names: Sequence[str]) -> Row:
+    """A job's kept.json for the page: shares as one character per token, in steps of 1 / LEVELS, in base 36."""
+    policies = {name: of for name, of in kept["policies"].items() if name in names}
+    return {
+        "tokens": kept["tokens"],
+        "layers": kept["layers"],
+        "policies": [names.index(name) for name in policies],
+        "heads": [of["heads"] for of in policies.values()],
+        "share": [
+            "".join(DIGITS[round(LEVELS * share)] for share in of["share"]) if of.get("share") else None
+            for of in policies.values()
+        ],
+    }
+
+
+DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+
+
+def pack(value: Any) -> str:
+    """JSON, compressed (zlib), in base 64: the browser has all it takes to unpack it."""
+    return base64.b64encode(zlib.compress(json.dumps(value, separators=(",", ":")).encode(), 9)).decode()
+
+
+def unpack(text: str) -> Any:
+    """What `pack` was given."""
+    return json.loads(zlib.decompress(base64.b64decode(text)))
