@@ -123,6 +123,7 @@ def test_an_essay_of_your_own(tmp_path):
 @pytest.mark.parametrize(("chains", "hops"), [(1, 4), (3, 2)])
 def test_variables_are_chained(chains, hops):
     (sample,) = make_task("vt", count=1, context=6000, chains=chains, hops=hops).samples(MODEL)
+    assert make_task("vt", chains=chains, hops=hops).name == {1: "vt", 3: "vt_3_2"}[chains]
     solved, text = read(sample.context_ids).split("\n\nMemorize and track")
     assignments = dict(re.findall(r"VAR (\w{5}) = (?:VAR )?(\w+)", text))
     assert len(assignments) == chains * (hops + 1) and text.count(NOISE) > 10

@@ -26,6 +26,7 @@ def test_conversations_fit_and_share_what_is_compressed(name, mode):
 
     samples = made()
     assert samples == made() and samples != made(seed=1) and len(samples) == 6
+    assert make_task(name, mode=mode).name == name + {"multi_turn": "", "multi_request": "_requests"}[mode]
     longest = [
         max(len(s.context_ids) + len(s.question_ids) + s.max_new_tokens for s in samples[i : i + 3]) for i in (0, 3)
     ]

@@ -42,7 +42,6 @@ class Tracking:
     count: int = 20
     seed: int = 0
     tokens: int = 30
-    name: str = dataclasses.field(default="vt", init=False)
     group: str = dataclasses.field(default="ruler", init=False)
     metric: Metric = dataclasses.field(default="string_match_all", init=False)
 
@@ -52,11 +51,16 @@ class Tracking:
         check_number("samples", self.count, 1)
 
     @property
+    def name(self) -> str:
+        """RULER's own, or one that says what is different: "vt_2_6" has 2 chains of 6 hops."""
+        return "vt" if (self.chains, self.hops) == (1, 4) else f"vt_{self.chains}_{self.hops}"
+
+    @property
     def length(self) -> int | None:
         return self.context
 
     def resolved(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"name": self.name}
 
     def samples(self, model: Model) -> list[Sample]:
         tokenizer = tokenizer_of(model, self.name)

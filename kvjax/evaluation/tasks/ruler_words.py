@@ -181,11 +181,10 @@ class FrequentWords:
     def _prompt(self, i: int, number: int) -> Prompt:
         chance = random.Random(f"{self.name}/{self.seed}/{i}")
         counts = self._counts(number)
-        words = ["..."]
-        while len(words) < len(counts):
-            word = "".join(chance.choices(string.ascii_lowercase, k=LETTERS))
-            if word not in words:
-                words.append(word)
+        different = {"...": None}
+        while len(different) < len(counts):
+            different["".join(chance.choices(string.ascii_lowercase, k=LETTERS))] = None
+        words = list(different)
         written = [word for word, often in zip(words, counts, strict=True) for _ in range(often)]
         chance.shuffle(written)
         return Prompt(

@@ -40,7 +40,6 @@ class ScBench:
     """One kind of conversation.
 
     Attributes:
-      name: Of the task.
       kind: What is asked: SCBench's name without "scbench_".
       metric: SCBench's.
       mode: How questions follow one another: "multi_turn" or "multi_request".
@@ -53,7 +52,6 @@ class ScBench:
       tokens: Written at most; default: what SCBench says.
     """
 
-    name: str
     kind: str
     metric: Metric
     mode: Literal["multi_turn", "multi_request"] = "multi_turn"
@@ -81,6 +79,11 @@ class ScBench:
             self._read()
 
     @property
+    def name(self) -> str:
+        """Of the two modes, which a grid may hold side by side, multi-turn has SCBench's own."""
+        return f"scbench_{self.kind}" + ("_requests" if self.mode == "multi_request" else "")
+
+    @property
     def length(self) -> int | None:
         return self._context
 
@@ -97,7 +100,7 @@ class ScBench:
         return self.tokens or of_turn or self._prompts["tokens"]
 
     def resolved(self) -> dict[str, Any]:
-        own = dataclasses.asdict(self) | {"context": self._context}
+        own = dataclasses.asdict(self) | {"name": self.name, "context": self._context}
         if self.path is None:
             return own
         file = self._file()
@@ -117,7 +120,7 @@ class ScBench:
         generator, turns = GENERATORS[self.kind], self.turns or 5
 
         def make(units: int) -> Conversation:
-            return generator.make(random.Random(f"{self.name}/{self.seed}/{i}"), units, turns)
+            return generator.make(random.Random(f"scbench/{self.kind}/{self.seed}/{i}"), units, turns)
 
         def cost(units: int) -> int:
             # A sample's ids, counted as they come: context and question are tokens of their own.
@@ -241,7 +244,7 @@ TASKS = {
         group="scbench",
         about=f"several questions about one context: {about}"
         + ("" if kind in GENERATORS else f" (path of scbench_{kind}.jsonl)"),
-        fixed={"name": f"scbench_{kind}", "kind": kind, "metric": prompts("scbench")[kind]["metric"]},
+        fixed={"kind": kind, "metric": prompts("scbench")[kind]["metric"]},
     )
     for kind, about in ABOUT.items()
 }
