@@ -4,7 +4,8 @@ In multi-turn mode a question comes after the earlier ones and their right answe
 context was compressed. In multi-request mode every question comes alone to the compressed context, which was compressed
 without any of them. Four kinds are made here (`shared_context`); all come from SCBench's files too, with its prompts,
 lengths and metrics, but for those that ask for functions of a repository, whose score takes a parser of each language.
-Right answers that are lists stand in the conversation with commas between them, where SCBench writes Python's brackets.
+Two things in a conversation differ: right answers that are lists stand there with commas between them, where SCBench
+writes Python's brackets; and a space sets an answer off from its question where neither has one.
 """
 
 import dataclasses
