@@ -12,7 +12,7 @@ from kvjax.evaluation.tasks import Ids, Sample, Task
 from kvjax.model import Model, bucket
 from kvjax.policies import Budget, Policy, PolicyError, methods, parse_policy, plan
 
-ROOM = 128  # Room for answers comes in multiples of this, so that few sizes are compiled.
+ROOM = 256  # Room for answers comes in multiples of this, so that few sizes are compiled.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

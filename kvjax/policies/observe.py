@@ -173,7 +173,16 @@ def observe(
         statistics=Statistics(column_sums=(ColumnSums(),) if summed else ()),
         block=block,
     )
-    sums = seen.column_sums[0] if summed else None
+    return seen.out, *statistics(new, needs, layer, seen.column_sums[0] if summed else None)
+
+
+def statistics(new: Tokens, needs: Needs, layer: Array, sums: Array | None) -> tuple[Prompt, Observation]:
+    """What policies asked to see, once the attention is known.
+
+    Args:
+      new, needs, layer: As of `observe`.
+      sums: Attention that every key receives [B, H * G, T] float32, if it is needed.
+    """
     length = (new.pos != EMPTY).sum(-1, dtype=jnp.int32)
     index = length[:, None] - needs.window + jnp.arange(needs.window, dtype=jnp.int32)
     spread = column_spread(sums, new.pos) if needs.column_spread and sums is not None else None
@@ -196,4 +205,4 @@ def observe(
         k_raw=new.k_raw if needs.raw_keys else None,
         tokenwise={number.name: number(new) for number in needs.tokenwise},
     )
-    return seen.out, prompt, observation
+    return prompt, observation

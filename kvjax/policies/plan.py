@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import typing
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from kvjax.models.config import Config
 from kvjax.models.transformer import layer_spec
 from kvjax.policies.budget import Budget
 from kvjax.policies.divide import Division, begin_layer, finish_layer
-from kvjax.policies.observe import Needs, observe
+from kvjax.policies.observe import Needs, statistics
 from kvjax.policies.policy import Place, Policy, PolicyError, make_layer
 
 
@@ -105,26 +106,48 @@ def _in_tokens(policy: Policy, config: Config, length: int, dtype: Any) -> Polic
     def size(tokens: int) -> int:
         return nbytes(plan(with_tokens(tokens), config, length, dtype), config, dtype)
 
-    low, high = last.least, max(length, last.least)
-    fits, exceeds = size(low), size(high)
-    if fits > allowed:
+    least, most = last.least, max(length, last.least)
+    if (smallest := size(least)) > allowed:
         raise PolicyError(
-            f"{policy}: {allowed} bytes are too few: the layers that are not compressed and {low} slots in each of the "
-            f"others take {fits}."
+            f"{policy}: {allowed} bytes are too few: the layers that are not compressed and {least} slots in each of "
+            f"the others take {smallest}."
         )
-    if exceeds <= allowed:
-        return with_tokens(high)
-    turn = 0
-    while (
-        high - low > 1
-    ):  # `low` fits and `high` does not. Bytes are nearly linear in tokens: four guesses, then halves.
-        guess = low + (high - low) * (allowed - fits) // (exceeds - fits) if turn < 4 else (low + high) // 2
-        middle, turn = min(max(guess, low + 1), high - 1), turn + 1
-        if (found := size(middle)) <= allowed:
-            low, fits = middle, found
-        else:
-            high, exceeds = middle, found
+    guess = _guess(policy, config, length, dtype)
+    if guess is None:  # Bytes are nearly linear in tokens.
+        guess = least + (most - least) * (allowed - smallest) // max(size(most) - smallest, 1)
+    low, high = _bracket(lambda tokens: size(tokens) <= allowed, least, most, guess)
+    while high - low > 1:  # `low` fits and `high` does not.
+        middle = (low + high) // 2
+        low, high = (middle, high) if size(middle) <= allowed else (low, middle)
     return with_tokens(low)
+
+
+def _guess(policy: Policy, config: Config, length: int, dtype: Any) -> int | None:
+    """About how many tokens fit: the same part of the length as at the power of two below it; None where that is it."""
+    anchor = 1 << (length.bit_length() - 1)
+    if anchor == length:
+        return None
+    try:
+        tokens = _in_tokens(policy, config, anchor, dtype).stages[-1].budget.tokens or 0
+    except PolicyError:
+        return None
+    return tokens * length // anchor
+
+
+def _bracket(fits: Callable[[int], bool], least: int, most: int, guess: int) -> tuple[int, int]:
+    """Numbers of which the first fits and the second does not, or is `most + 1`, in growing steps from a guess.
+
+    `least` is known to fit; each question costs some tracing.
+    """
+    low, high, step = least, most + 1, 1
+    at = min(max(guess, least), most)
+    while low < at < high:
+        if fits(at):
+            low, at = at, min(at + step, most + 1)
+        else:
+            high, at = at, max(at - step, least)
+        step *= 2
+    return low, high
 
 
 def nbytes(plan: Plan, config: Config, dtype: Any) -> int:
@@ -295,7 +318,9 @@ def abstract_cache(plan: Plan, config: Config, batch: int, dtype: Any) -> Cache:
         if config.layer_types[layer] == "sliding":
             return make_ring(k, v, pos, config.sliding_window, latent=spec.latent)
         new = Tokens(q=q, k=k, v=v, q_raw=q, k_raw=k, pos=pos)
-        _, prompt, obs = observe(spec, new, dataclasses.replace(needs, tokenwise=()), jnp.int32(0))
+        # Attention itself changes no shape, and takes long to trace.
+        sums = jnp.zeros(q.shape[:3]) if needs.column_sums or needs.column_spread else None
+        prompt, obs = statistics(new, dataclasses.replace(needs, tokenwise=()), jnp.int32(0), sums)
         # These need trained parameters, which a plan has none of; their shape is known without.
         numbers = {number.name: jnp.zeros(k.shape[:3]) for number in needs.tokenwise}
         observed = (dataclasses.replace(prompt, tokenwise=numbers), obs)
