@@ -30,13 +30,13 @@ function scoreCell(row, rows) {
   if (sign) mark.append(el("span", { class: "sr" }, ` ${SIGNS[sign][1]}`));
   const number = el("span", {}, percent(row[COLUMN.score]), mark);
   if (!given(low)) return number;
-  const range = el("small", {}, el("span", { class: "sr" }, "95 % interval "), `${percent(low, 0)} to ${percent(high, 0)}`);
+  const range = el("small", { class: "range" }, el("span", { class: "sr" }, "95 % interval "), `${percent(low, 0)} to ${percent(high, 0)}`);
   return [number, range, interval(row, rows)];
 }
 
 // The interval to scale, with the full cache's score as a line.
 function interval(row, rows) {
-  const [width, full] = [72, rows[0][COLUMN.score]];
+  const [width, full] = [64, rows[0][COLUMN.score]];
   const ends = rows.flatMap((other) => [other[COLUMN.low], other[COLUMN.high]]).filter(given);
   const [from, to] = [Math.min(...ends), Math.max(...ends)];
   const x = (score) => 4 + ((score - from) / (to - from || 1)) * (width - 8);

@@ -62,7 +62,7 @@ const given = (value) => value !== null && value !== undefined;
 
 function digits(value, number = 3) {
   if (!given(value)) return MISSING;
-  if (value !== 0 && Math.abs(value) < 0.0005) return value.toExponential(0);
+  if (value > 0 && value < 0.0005) return "<0.001";
   const size = Math.abs(value);
   return value.toFixed(size >= 100 ? 0 : size >= 10 ? Math.min(1, number) : size >= 1 ? Math.min(2, number) : number);
 }

@@ -10,6 +10,7 @@ import math
 import pathlib
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
@@ -46,9 +47,9 @@ def page_data(run: Run) -> dict[str, Any]:
     """All of a page.
 
     Returns:
-      title and about (what was run), config; policies, tasks, lengths and protocols, which everything else names by their
-      index; columns, keys and boards (the leaderboards, see `views`); needles, drift, kept and heads, empty or None
-      where a run has none.
+      title and about (what was run), config; policies, tasks, lengths and protocols, which everything else names by
+      their index; columns, keys and boards (the leaderboards, see `views`); needles, drift, kept and heads, empty or
+      None where a run has none.
     """
     rows = run.rows
     policies = _policies(run)
@@ -105,9 +106,7 @@ def _about(run: Run, tasks: Sequence[str], lengths: Sequence[int], protocols: Se
         "models": all_of(pathlib.PurePath(row["model"]).name for row in rows if row.get("model")),
         "dtypes": all_of(row["config"].get("dtype") for row in rows),
         "devices": all_of(row.get("device") for row in rows),
-        "versions": {
-            name: all_of(of.get(name) for of in versions) for name in dict.fromkeys(n for v in versions for n in v)
-        },
+        "versions": {name: all_of(of.get(name) for of in versions) for name in dict.fromkeys(chain(*versions))},
         "tasks": tasks,
         "lengths": lengths,
         "protocols": protocols,
@@ -137,24 +136,16 @@ def views(
     boards: list[list[list[Any]]] = []
     seen: dict[tuple[int, ...], int] = {}
     of = [(job.rows[0]["task"], job.rows[0].get("length"), job.rows[0]["protocol"]) for job in run.jobs]
-    for t in (ANY, *range(len(tasks))):
-        for s in (ANY, *range(len(lengths))):
-            for p in (ANY, *range(len(protocols))):
-                wanted = (_at(tasks, t), _at(lengths, s), _at(protocols, p))
-                jobs = tuple(
-                    i for i, job in enumerate(of) if all(w in (ANY, x) for w, x in zip(wanted, job, strict=True))
-                )
-                if not jobs:
-                    continue
-                if jobs not in seen:
-                    seen[jobs] = len(boards)
-                    boards.append(_board([row for i in jobs for row in run.jobs[i].rows], names))
-                keys[f"{t}/{s}/{p}"] = seen[jobs]
+    for choice in product(*([(ANY, None), *enumerate(values)] for values in (tasks, lengths, protocols))):
+        wanted = [(at, value) for at, (index, value) in enumerate(choice) if index != ANY]
+        jobs = tuple(i for i, job in enumerate(of) if all(job[at] == value for at, value in wanted))
+        if not jobs:
+            continue
+        if jobs not in seen:
+            seen[jobs] = len(boards)
+            boards.append(_board([row for i in jobs for row in run.jobs[i].rows], names))
+        keys["/".join(str(index) for index, _ in choice)] = seen[jobs]
     return keys, boards
-
-
-def _at(values: Sequence[Any], index: Any) -> Any:
-    return ANY if index == ANY else values[index]
 
 
 def _board(rows: Sequence[Row], names: Sequence[str]) -> list[list[Any]]:

@@ -8,8 +8,8 @@ function smallMultiples(width, panels, look) {
   const [cellW, cellH] = look.cell;
   const left = Math.max(...look.rows.map((label) => textWidth(label))) + 14 + (look.rowTitle ? 16 : 0);
   const [panelW, panelH] = [look.columns.length * cellW, look.rows.length * cellH];
-  const titles = panels.map((panel) => wrap(panel.title, Math.max(panelW, 104), 12, 600));
-  const space = Math.max(panelW, 104) + 22;
+  const titles = panels.map((panel) => wrap(panel.title, Math.max(panelW, 96), 12, 600));
+  const space = Math.max(panelW, ...titles.flat().map((line) => textWidth(line, 12, 600))) + 22;
   const across = Math.max(1, Math.min(panels.length, Math.floor((width - left + 22) / space)));
   const titleH = 15 * Math.max(...titles.map((lines) => lines.length)) + 7;
   const top = 34;
@@ -71,7 +71,7 @@ function legend(x, y, { domain, format, unit, least, most }) {
 // Lines of at most so many pixels, broken where a policy's parts join or, where they must be, within.
 function wrap(text, width, size, weight) {
   const lines = [];
-  for (const part of text.split(/(?<=[ |,])/)) {
+  for (const part of text.split(/(?<=[ |,])|(?=\()/)) {
     const joined = lines.length ? lines[lines.length - 1] + part : part;
     if (lines.length && textWidth(joined.trimEnd(), size, weight) <= width) lines[lines.length - 1] = joined;
     else lines.push(part);

@@ -94,7 +94,8 @@ function drawText() {
   for (const part of parts) part.hidden = !at.length;
   if (!at.length) return;
   const options = at.map((i) => [POLICIES[job.policies[i]].name, POLICIES[job.policies[i]].name]);
-  if (!options.some(([name]) => name === state.shown)) state.shown = (options.find(([name]) => name !== POLICIES[0].name) ?? options[0])[0];
+  // The first that does not keep everything has most to show.
+  if (!options.some(([name]) => name === state.shown)) state.shown = options[Math.max(0, at.findIndex((i) => /[^k]/.test(job.share[i])))][0];
   const host = byId("kept-policy");
   const focused = host.contains(document.activeElement);
   host.replaceChildren(choose("Policy", "shown", options, refresh));

@@ -30,7 +30,7 @@ function drawHead() {
   const plural = (number, word) => `${count(number)} ${word}${number === 1 ? "" : "s"}`;
   const others = POLICIES.length - 1;
   byId("lede").textContent =
-    `${capital(plural(others, others === 1 ? "way" : "way"))} to keep a smaller KV cache of ${list(about.models)}, next to the full one: ` +
+    `${plural(others, "way")} to keep a smaller KV cache of ${list(about.models)}, next to the full one: ` +
     `${plural(about.tasks.length, "task")}, ${plural(about.samples, "sample")}, every policy on the very same prompts.`;
   const span = (ends, format) => (ends[0] === ends[1] ? format(ends[0]) : `${format(ends[0])} to ${format(ends[1])}`);
   const facts = {
@@ -44,7 +44,7 @@ function drawHead() {
     Run: about.to ? about.to.slice(0, 10) : "",
   };
   const shown = Object.entries(facts).filter(([, text]) => text);
-  byId("facts").append(...shown.map(([name, text]) => el("div", {}, el("dt", {}, name), el("dd", {}, text))));
+  byId("facts").append(...shown.map(([name, text]) => el("div", { class: text.length > 50 ? "long" : null }, el("dt", {}, name), el("dd", {}, text))));
   byId("config").textContent = JSON.stringify(DATA.config, null, 2);
 }
 

@@ -171,6 +171,7 @@ function placeLabels(points, best, [left, top, right, bottom]) {
     taken.push([b.px - 2, Math.min(a.py, b.py), b.px + 2, Math.max(a.py, b.py)]);
   });
   const angles = [0, 30, -30, 180, 150, -150, 60, -60, 90, -90, 120, -120].map((d) => (d * Math.PI) / 180);
+  const farthest = right - left < 420 ? 30 : 110;
   const out = [];
   const rest = points.map((_, i) => i).filter((i) => !best.includes(i));
   for (const i of [...best, ...rest]) {
@@ -186,7 +187,7 @@ function placeLabels(points, best, [left, top, right, bottom]) {
   return out;
 
   function place(p, w, h) {
-    for (let radius = 10; radius < 130; radius += 8) {
+    for (let radius = 10; radius < farthest; radius += 8) {
       for (const angle of angles) {
         const [dx, dy] = [radius * Math.cos(angle), radius * Math.sin(angle)];
         const x = p.px + dx - (dx < -1 ? w : dx > 1 ? 0 : w / 2);
