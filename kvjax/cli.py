@@ -13,6 +13,7 @@ from kvjax.commands.generate import generate
 from kvjax.commands.methods import methods
 from kvjax.commands.plan import plan
 from kvjax.commands.report import report
+from kvjax.commands.tasks import tasks
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
@@ -38,3 +39,4 @@ app.command()(plan)
 app.command()(report)
 app.command()(methods)
 app.command()(doctor)
+app.command()(tasks)

@@ -141,3 +141,66 @@ def test_generate(gemma):
     done = kvjax("generate", "-", "--policy", "int8", "-n", "8", stdin="The capital of France is")
     assert done.returncode == 0 and "France" in done.stdout, done.stderr
     assert "cache after them" in done.stderr and "int8" in done.stderr
+
+
+GRID = """
+name: small
+model: tiny
+policies: [knorm, random]
+sizes: [50]
+tasks:
+  - {task: needle, context: 140, count: 1, depths: [0.2, 0.8]}
+continuation: 4
+"""
+
+
+def test_a_grid_is_shown_run_and_reported(tmp_path):
+    (tmp_path / "small.yaml").write_text(GRID)
+    shown = kvjax("eval", "small.yaml", "--dry-run", folder=tmp_path)
+    assert shown.returncode == 0 and "6 of 6 rows are left to run" in shown.stdout, shown.stderr
+    assert not (tmp_path / "results").exists()  # Nothing was run, and nothing was made.
+    refused = kvjax("eval", "small.yaml", "--tasks", "ppl", folder=tmp_path)
+    assert refused.returncode == 2 and "--tasks does not go with a grid" in refused.stderr
+    ran = json.loads(kvjax("eval", "small.yaml", "--json", folder=tmp_path).stdout)
+    assert [row["policy"] for row in ran["leaderboard"]][0] == "full" and len(ran["leaderboard"]) == 3
+    page = (tmp_path / ran["page"]).read_text()
+    assert "knorm" in page and "http://" not in page.split("</style>")[0]
+    again = kvjax("report", ran["folder"], "--out", "again.html", folder=tmp_path)
+    assert again.returncode == 0 and (tmp_path / "again.html").exists()
+
+
+def test_a_dry_run_of_a_comparison_says_how_large_caches_would_be(rows, tmp_path):
+    command = ["compare", "--model", TINY, "--task", rows, "--policies", "knorm(0.5)", "--dry-run", "--json"]
+    shown = json.loads(kvjax(*command, folder=tmp_path).stdout)[0]
+    assert shown["rows_left"] == 4 and shown["nbytes"]["knorm(0.5)"] < shown["nbytes"]["full"]
+    assert not (tmp_path / "results").exists()
+
+
+def test_tasks():
+    listed = json.loads(kvjax("tasks", "ruler", "--json").stdout)
+    assert len(listed) == 13 and listed[0]["parameters"]["count"]
+    wrong = kvjax("tasks", "rulr")
+    assert wrong.returncode == 2 and "Did you mean ruler?" in wrong.stderr
+
+
+def test_doctor():
+    done = kvjax("doctor", "--json")
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and found["problems"] == []
+    assert found["versions"]["jax"] and found["devices"][0]["kind"] == "cpu" and found["devices"][0]["bytes"] > 2**30
+    assert set(found["kernels"]) >= {"int8", "kivi2"}
+    assert all(one["implementation"] == "xla" and one["reason"] for one in found["kernels"].values())
+
+
+def test_the_doctor_knows_what_is_wrong():
+    from kvjax.commands.doctor import problems
+
+    clean = problems("gpu", has=lambda name: "/usr/bin/" + name, exists=lambda path: True)
+    assert clean == []
+    os_settings = os.environ.pop("JAX_PLATFORMS", None)
+    try:
+        found = problems("cpu", has=lambda name: "/usr/bin/" + name, exists=lambda path: path == "/dev/accel0")
+    finally:
+        if os_settings is not None:
+            os.environ["JAX_PLATFORMS"] = os_settings
+    assert len(found) == 2 and 'pip install "kvjax[gpu]"' in found[0] and 'pip install "kvjax[tpu]"' in found[1]

@@ -50,7 +50,7 @@ def compare(
         str | None,
         typer.Option(help='Such as "50,25": percent of the full cache\'s bytes, for policies without a budget.'),
     ] = None,
-    task: Annotated[str, typer.Option(help="needle, ppl, or a file of JSON lines.")] = "needle",
+    task: Annotated[str, typer.Option(help="One of `kvjax tasks`, or a file of JSON lines.")] = "needle",
     protocol: ProtocolOption = Protocol.aware,
     context: ContextOption = None,
     samples: SamplesOption = None,
@@ -70,12 +70,14 @@ def compare(
     goes on where it stopped. The full cache always runs along: it is what the others are measured against.
 
     **Tasks.** needle: a number hidden in Python's manual is asked for. ppl: perplexity of a text's continuation after
-    the text before it was compressed. A file: lines of `{"context": ..., "question": ..., "answers": [...]}`, or of
+    the text before it was compressed. RULER's and many more: see `kvjax tasks`. A file: lines of
+    `{"context": ..., "question": ..., "answers": [...]}`, or of
     `{"context_ids": [...], "question_ids": [...], "answer_ids": [...]}` for token ids.
 
-    **Columns.** answered: greedy decoding writes the answer exactly. NLL: of the answer, nats per token. KL, top-1:
-    divergence from the full cache's predictions, and how often the likeliest token is the same, along the full cache's
-    own continuation. cache: measured bytes. decoding: the compiled loop, relative to the full cache in the same run.
+    **Columns.** answered: greedy decoding writes the answer exactly; or the score of what it writes, where the task has
+    one. NLL: of the answer, nats per token. KL, top-1: divergence from the full cache's predictions, and how often the
+    likeliest token is the same, along the full cache's own continuation. cache: measured bytes. decoding: the compiled
+    loop, relative to the full cache in the same run.
 
     **Examples**
 
@@ -119,7 +121,7 @@ def evaluate(
     ],
     model: ModelOption = MODEL,
     tasks: Annotated[
-        str, typer.Option(help="Separated by semicolons: needle, ppl, files of JSON lines.")
+        str, typer.Option(help="Separated by semicolons: see `kvjax tasks`; or files of JSON lines.")
     ] = "needle; ppl",
     protocol: ProtocolOption = Protocol.aware,
     context: ContextOption = None,
@@ -158,14 +160,14 @@ def evaluate(
         if devices > 1:
             raise ValueError("--devices is for grids. --mesh spreads one policy's work over devices.")
         from kvjax.evaluation import Settings, make_task, parse_policies
+        from kvjax.evaluation.tasks import TASKS
 
         settings = Settings(policies=parse_policies(policy), protocol=protocol.value, speed=speed)
         names = [name.strip() for name in tasks.split(";") if name.strip()]
         if not names:
             raise ValueError("No tasks given: needle, ppl or files of JSON lines, separated by semicolons.")
         chosen = [
-            make_task(name, context=context if name in ("needle", "ppl") else None, count=samples, seed=seed)
-            for name in names
+            make_task(name, context=context if name in TASKS else None, count=samples, seed=seed) for name in names
         ]
         folders = [_folder(out and out / task.name, model, task, settings, dtype) for task in chosen]
         if len(set(folders)) < len(folders):

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kvjax.commands.common import console, notes, plain_table, print_wide, user_errors
+from kvjax.commands.common import console, notes, plain_table, print_wide, user_errors, write_whole
 from kvjax.commands.options import Dtype, load, progress_bar
+from kvjax.commands.report import PAGE
 
 if TYPE_CHECKING:
     from kvjax.evaluation.grid import Grid, Job
@@ -97,15 +98,20 @@ def _print_jobs(grid: "Grid", jobs: "list[Job]", folder: pathlib.Path, left: int
 
 def _print_leaderboard(grid: "Grid", jobs: "list[Job]", folder: pathlib.Path, as_json: bool) -> None:
     from kvjax.evaluation.leaderboard import leaderboard, leaderboard_table
+    from kvjax.evaluation.page import make_page, page_data, read_run
     from kvjax.evaluation.results import read_rows
 
     rows = [row for job in jobs for row in read_rows(job.folder, job.config)]
     if not rows:
         return
-    board = leaderboard(rows)
+    board, page = leaderboard(rows), folder / PAGE
+    with notes.status("Making the page ..."):
+        write_whole(page, make_page(page_data(read_run(folder))))
     if as_json:
-        print(json.dumps({"title": grid.title, "leaderboard": board, "folder": str(folder)}, indent=1))
+        print(
+            json.dumps({"title": grid.title, "leaderboard": board, "folder": str(folder), "page": str(page)}, indent=1)
+        )
         return
     print_wide(leaderboard_table(board, grid.title))
     marks = "* differs from the full cache (paired sign-flip test, Holm over all policies, 95 %)"
-    console.print(f"\n{marks}\n{folder}\n", style="dim", highlight=False, soft_wrap=True)
+    console.print(f"\n{marks}\n{page}\n", style="dim", highlight=False, soft_wrap=True)

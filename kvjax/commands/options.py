@@ -49,10 +49,8 @@ ProtocolOption = Annotated[
     Protocol,
     typer.Option(help="aware: the question is in the prompt that is compressed. agnostic: it comes after compression."),
 ]
-ContextOption = Annotated[int | None, typer.Option(help="Tokens of the context. Default: 2000 (needle), 2048 (ppl).")]
-SamplesOption = Annotated[
-    int | None, typer.Option(help="Contexts, or rows of a file. Default: 12 (needle), 4 (ppl), all rows.")
-]
+ContextOption = Annotated[int | None, typer.Option(help="Tokens of the context. Default: the task's.")]
+SamplesOption = Annotated[int | None, typer.Option(help="Contexts, or rows of a file. Default: the task's, all rows.")]
 NeedlesOption = Annotated[int | None, typer.Option(help="Needles per context; each is asked for. Default: 1.")]
 SeedOption = Annotated[int, typer.Option(help="Of everything that is drawn at random.")]
 OutOption = Annotated[
