@@ -134,15 +134,16 @@ document.addEventListener("pointermove", (event) => {
   if (node) showTip(node, event.clientX, event.clientY);
   else tip.hidden = true;
 });
-document.addEventListener("focusin", (event) => {
-  const node = remarked(event.target);
+function tipOfFocus() {
+  const node = remarked(document.activeElement);
   if (!node) return void (tip.hidden = true);
   const box = node.getBoundingClientRect();
   showTip(node, box.left + box.width / 2, box.top + box.height / 2);
-});
+}
+document.addEventListener("focusin", tipOfFocus);
 document.addEventListener("focusout", () => (tip.hidden = true));
 document.addEventListener("keydown", (event) => event.key === "Escape" && (tip.hidden = true));
-addEventListener("scroll", () => (tip.hidden = true), { passive: true });
+addEventListener("scroll", () => tip.hidden || tipOfFocus(), { passive: true }); // Focus may have made it scroll.
 
 // Choosing.
 

@@ -37,7 +37,7 @@ function drawTasks(width, canvas) {
     ),
   );
   const caption = el("caption", { class: "sr" }, "Scores in percent, and perplexities, of every policy on every task.");
-  return el("div", { class: "scroll heat", role: "region", "aria-labelledby": "tasks-title", tabindex: "0" }, el("table", {}, caption, el("thead", {}, head), el("tbody", {}, body)));
+  return el("div", { class: "scroll heat", role: "region", "aria-label": "Table of policies by tasks", tabindex: "0" }, el("table", {}, caption, el("thead", {}, head), el("tbody", {}, body)));
 }
 drawTasks.picture = (width) => {
   const { policies, columns, cell } = taskCells();
