@@ -13,7 +13,8 @@ TINY = str(ROOT / "tests" / "data" / "families" / "gemma3")  # Random weights, 1
 
 
 def kvjax(*args: str, folder: Path = ROOT, stdin: str = "") -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200", "JAX_PLATFORMS": "cpu"}
+    settings = {"COLUMNS": "200", "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # It compiles quickly.
+    environment = os.environ | settings | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, "-m", "kvjax", *args], cwd=folder, env=environment, capture_output=True, text=True, input=stdin
     )
