@@ -109,7 +109,7 @@ def test_boards_are_the_leaderboards(run, data):
                 assert value == (None if other[column] is None else pytest.approx(other[column], rel=1e-4)), column
 
 
-def test_all_tasks_count_alike_and_perplexity_stands_apart(run, data):
+def test_all_jobs_count_alike_and_perplexity_stands_apart(run, data):
     column = {name: i + 1 for i, name in enumerate(COLUMNS)}
     full = data["boards"][data["keys"]["*/*/*"]][0]
     scores = [np.mean([row["score"] for row in job.rows if row["policy"] == "full"]) for job in run.jobs[:3]]

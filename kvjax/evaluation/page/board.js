@@ -12,8 +12,8 @@ const BOARD = [
   { key: "kl", label: "KL", sign: -1, cell: (row) => digits(row[COLUMN.kl]) },
   { key: "top1", label: "top-1, %", sign: 1, cell: (row) => percent(row[COLUMN.top1]) },
   { key: "nbytes", label: "cache", sign: -1, cell: (row) => bytes(row[COLUMN.nbytes]) },
-  { key: "smaller", label: "times smaller", sign: 1, cell: (row) => digits(row[COLUMN.smaller], 2) },
-  { key: "decode_tokens_per_s", label: "decoding, tok/s", sign: 1, cell: speedCell },
+  { key: "smaller", label: "smaller, ×", sign: 1, cell: (row) => digits(row[COLUMN.smaller], 2) },
+  { key: "decode_tokens_per_s", label: "tok/s", sign: 1, cell: speedCell },
 ];
 
 const value = (row, key) => (key === "policy" ? POLICIES[row[0]].name : row[COLUMN[key]]);
@@ -108,10 +108,11 @@ function drawBoard() {
   );
   if (focused) table.querySelector(`[data-sort="${focused}"]`)?.focus();
   byId("count").textContent = `${shown.length} of ${rows.length} policies`;
-  const what = [state.task === ANY ? (TASKS.length > 1 ? "Mean over tasks, which count alike" : TASKS[0]) : state.task];
+  const what = [state.task === ANY ? (TASKS.length > 1 ? "All tasks" : TASKS[0]) : state.task];
   if (DATA.lengths.length) what.push(state.length === ANY ? (DATA.lengths.length > 1 ? "all lengths" : `${count(DATA.lengths[0])} tokens`) : `${count(Number(state.length))} tokens`);
   what.push(state.protocol === ANY ? (DATA.protocols.length > 1 ? "all protocols" : DATA.protocols[0]) : state.protocol);
-  byId("board-about").textContent = `${what.join(", ")}. ${rows.length ? count(rows[0][COLUMN.samples]) : 0} samples.`;
+  const of = most > 1 ? ` Means over ${most} jobs (a task at one length under one protocol), which count alike.` : "";
+  byId("board-about").textContent = `${what.join(", ")}. ${rows.length ? count(rows[0][COLUMN.samples]) : 0} samples.${of}`;
 }
 
 function heading({ key, label, sign }) {
@@ -138,7 +139,7 @@ function emptyRow(rows, columns) {
 }
 
 function drawNotes() {
-  const parts = ["NLL: nats per token of the right answer. KL and top-1: predictions against the full cache's, along the text that it writes."];
+  const parts = ["NLL: nats per token of the right answer. KL and top-1: predictions against the full cache's, along the text that it writes. tok/s: decoding, and its ratio to the full cache's."];
   if (SCORED) parts.unshift("Intervals: bootstrap over contexts, 95 %. ▲ and ▼: differs from the full cache on the same samples (sign-flip test, Holm over all policies, 95 %).");
   if (SCORED && DATA.tasks.some((task) => task.metric === "perplexity")) parts.push("Tasks of perplexity have no score and stand apart.");
   const out = Object.keys(DATA.about.left_out).length;
