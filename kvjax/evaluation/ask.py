@@ -93,7 +93,7 @@ def _quality(model: Model, asked: Asked, task: Task, case: Case, best: Likelihoo
             return {"score": float(best.greedy)}
         case "drift":  # Greedy decoding would leave the full cache's text at the first token that differs.
             leaves = np.flatnonzero(~same)
-            return {"score": float(same.mean()), "agrees_until": int(leaves[0]) if len(leaves) else len(same)}
+            return {"agrees_until": int(leaves[0]) if len(leaves) else len(same)}
     sample = case.sample
     assert model.tokenizer is not None
     ids = write(model, asked.cache, asked.logits, sample.max_new_tokens, stop=model.config.eos_ids)

@@ -353,9 +353,9 @@ def _about(grid: Grid, jobs: Sequence[Job]) -> dict[str, Any]:
 
 
 def _scores(job: Job) -> dict[str, Any]:
-    """Mean score (or perplexity) of every policy, for the log."""
+    """Mean score (or perplexity, or agreement) of every policy, for the log."""
     rows = read_rows(job.folder, job.config)
-    key = "score" if "score" in rows[0] else "perplexity"
+    key = next(key for key in ("score", "perplexity", "top1") if key in rows[0])
     names = dict.fromkeys(row["policy"] for row in rows)
     values = {name: [row[key] for row in rows if row["policy"] == name] for name in names}
     return {key: {name: sum(of) / len(of) for name, of in values.items()}}

@@ -4,6 +4,7 @@ Tasks count alike, however many samples they have, and so do lengths and protoco
 over jobs. It is compared with the full cache's on the same samples; contexts are drawn again as a whole.
 """
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -25,10 +26,10 @@ def leaderboard(rows: Sequence[Row], level: float = LEVEL) -> list[Row]:
       level: Of confidence, for intervals and for all differences together.
 
     Returns:
-      Of each policy: score (mean over jobs of what is scored), low and high (its interval), difference (to the full
-      cache on the same samples), p, and differs (Holm over all policies); perplexity (geometric mean of jobs that
-      measure it); nll, kl, top1, nbytes, smaller, kept bytes of full layers, decode_tokens_per_s and decode_ratio
-      (means over jobs); jobs. What was not measured is None.
+      Of each policy: score (mean over jobs of what is scored), low and high (its interval; infinite where it is
+      unknown), difference (to the full cache on the same samples), p, and differs (Holm over all policies); perplexity
+      (geometric mean of jobs that measure it); nll, kl, top1, nbytes, smaller, bytes of full-attention layers,
+      decode_tokens_per_s and decode_ratio (means over jobs); jobs. What was not measured is None.
     """
     names = list(dict.fromkeys(row["policy"] for row in rows))
     jobs = {name: _jobs([row for row in rows if row["policy"] == name]) for name in names}
@@ -145,7 +146,7 @@ def leaderboard_table(rows: Sequence[Row], heading: str = "") -> Table:
         elif quality:
             cells += [
                 f"{100 * row['score']:.1f}{'*' if row['differs'] else ' '}",
-                f"{100 * row['low']:.0f} to {100 * row['high']:.0f}",
+                f"{100 * row['low']:.0f} to {100 * row['high']:.0f}" if math.isfinite(row["low"]) else "unknown",
             ]
         if perplexity:
             cells.append(f"{row['perplexity']:.2f}" if row["perplexity"] else "-")

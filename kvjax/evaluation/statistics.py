@@ -89,13 +89,19 @@ def sign_flip(values: Sequence[float], seed: int = 0) -> float:
     """
     x = np.asarray(values, np.float64)
     number, observed = len(x), abs(x.sum()) - 1e-12 * np.abs(x).sum()
+    signs = _signs(number, seed)
+    hits = int((np.abs(signs @ x) >= observed).sum())
+    # Where signs are drawn, the assignment that was observed is one of them: p is never zero.
+    return hits / len(signs) if number <= EXACT else (hits + 1) / (len(signs) + 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _signs(number: int, seed: int) -> np.ndarray:
+    """Assignments of signs [assignments, number]: all there are, or many at random."""
     if number <= EXACT:
-        signs = 1 - 2 * ((np.arange(2**number)[:, None] >> np.arange(number)) & 1)
-        return float((np.abs(signs @ x) >= observed).mean())
+        return 1.0 - 2.0 * ((np.arange(2**number)[:, None] >> np.arange(number)) & 1)
     generator = np.random.Generator(np.random.PCG64([seed, number, 1]))
-    signs = generator.choice(np.array([-1.0, 1.0]), size=(DRAWS * 5, number))
-    hits = (np.abs(signs @ x) >= observed).sum()
-    return float((hits + 1) / (len(signs) + 1))  # Never zero: the assignment that was observed is one of them.
+    return generator.choice(np.array([-1.0, 1.0]), size=(DRAWS * 5, number))
 
 
 def differs(p_values: Sequence[float], level: float = 0.95) -> list[bool]:
@@ -130,12 +136,17 @@ def macro(
       groups: Values of each group.
       clusters: Of each value.
 
+    Returns:
+      (low, high); (-inf, inf) if a group has a single cluster, of whose spread nothing is known.
+
     Raises:
       ValueError: A group is empty.
     """
     means = []
     for i, (values, names) in enumerate(zip(groups, clusters, strict=True)):
         sums, sizes = _sums(values, names)
+        if len(sums) == 1:
+            return -np.inf, np.inf
         counts = _draws(len(sums), seed + i)
         means.append(counts @ sums / (counts @ sizes))
     low, high = np.quantile(np.mean(means, 0), [(1 - level) / 2, (1 + level) / 2])

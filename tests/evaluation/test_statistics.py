@@ -76,6 +76,7 @@ def test_shares_near_one_keep_a_width():
 def test_the_mean_of_tasks_is_drawn_within_tasks():
     # The two tasks differ by much and have no spread of their own: their mean has none either.
     assert macro([[0.0] * 5, [1.0] * 5], [range(5), range(5)]) == (0.5, 0.5)
+    assert macro([[0.0] * 5, [1.0]], [range(5), range(1)]) == (-np.inf, np.inf)  # Nothing is known of the second.
 
 
 def test_bad_input_is_named():

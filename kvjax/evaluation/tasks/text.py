@@ -78,7 +78,7 @@ class Drift:
 
     The full cache writes a text, drawn at temperature 1 with a fixed key. Every policy is led along it: rows tell KL
     and agreement (is the likeliest token the same?) over the whole text and piece by piece, and where the first
-    disagreement is. The score is the agreement.
+    disagreement is.
 
     Attributes:
       context: Tokens that are compressed, with the beginning-of-sequence token.
