@@ -37,3 +37,18 @@ def test_the_sharded_long_context(tmp_path):
     assert full > 2 * small > 0
     spread, alone = re.findall(r"snapkv\(0.25\) \| kivi\(bits=4\).*: (.*)", done.stdout)
     assert spread == alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, right",
+    [("first_steps", r"keydiff\(0.25\).*answer: 41190"), ("write_your_own_method", r"keydiff\(0.5\).*answer: 41190")],
+)
+def test_small_ones(name, right, tmp_path):
+    (path,) = (path for path in NOTEBOOKS if path.stem == name)
+    script = tmp_path / "notebook.py"
+    script.write_text("\n\n".join("".join(cell["source"]) for cell in cells(path)))
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "MPLBACKEND": "svg"}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert re.search(right, done.stdout), done.stdout
