@@ -3,6 +3,7 @@ the house model that was stopped before its last two jobs.
 """
 
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -106,13 +107,14 @@ def test_boards_are_the_leaderboards(run, data):
         assert [names[row[0]] for row in board] == [row["policy"] for row in expected]
         for row, other in zip(board, expected, strict=True):
             for value, column in zip(row[1:], COLUMNS, strict=True):
-                assert value == (None if other[column] is None else pytest.approx(other[column], rel=1e-4)), column
+                known = other[column] is not None and math.isfinite(other[column])
+                assert value == (pytest.approx(other[column], rel=1e-4) if known else None), column
 
 
 def test_all_jobs_count_alike_and_perplexity_stands_apart(run, data):
     column = {name: i + 1 for i, name in enumerate(COLUMNS)}
     full = data["boards"][data["keys"]["*/*/*"]][0]
-    scores = [np.mean([row["score"] for row in job.rows if row["policy"] == "full"]) for job in run.jobs[:3]]
+    scores = [np.mean([row["score"] for row in job.rows if row["policy"] == "full"]) for job in run.jobs[:2]]
     logs = [np.log(row["perplexity"]) for row in run.jobs[3].rows if row["policy"] == "full"]
     assert full[column["score"]] == pytest.approx(np.mean(scores), rel=1e-4)
     assert full[column["perplexity"]] == pytest.approx(np.exp(np.mean(logs)), rel=1e-4)
