@@ -46,9 +46,7 @@ def run_file(
         with notes.status("Making samples ..."):
             jobs = grids.prepare(model, grid, folder)
         left = grids.unfinished(jobs) if not overwrite else sum(job.rows for job in jobs)
-        for job in jobs:
-            for reason in job.left_out.values():
-                notes.print(f"Left out of {job.folder.name}: {reason}", style="dim", markup=False, highlight=False)
+    _say_left_out(jobs)
     if dry_run:
         _print_jobs(grid, jobs, folder, left, as_json)
         return
@@ -61,6 +59,17 @@ def run_file(
     if elsewhere:
         notes.print(f"{elsewhere} jobs are with other processes; this is what is there by now.", highlight=False)
     _print_leaderboard(grid, jobs, folder, as_json)
+
+
+def _say_left_out(jobs: "list[Job]") -> None:
+    """Each reason once, with the jobs that it is true of."""
+    reasons: dict[str, list[str]] = {}
+    for job in jobs:
+        for reason in job.left_out.values():
+            reasons.setdefault(reason, []).append(job.folder.name)
+    for reason, names in reasons.items():
+        which = "all jobs" if len(names) == len(jobs) else ", ".join(names)
+        notes.print(f"Left out of {which}: {reason}", style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def _devices(number: int, mesh: str | None) -> tuple[Any, ...]:
