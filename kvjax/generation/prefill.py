@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.core import Tracer
 
@@ -21,6 +20,7 @@ from kvjax.cache import Cache, LayerSpec, Tokens, make_ring
 from kvjax.cache.spread import settled
 from kvjax.generation.chunked import prefill_in_chunks
 from kvjax.kernels import mesh
+from kvjax.kernels.known import known
 from kvjax.kernels.prefill import BLOCK, causal_attention
 from kvjax.models.config import Config
 from kvjax.models.params import layer_params
@@ -120,7 +120,7 @@ def _run(
       Hidden states [B, T, hidden], the rings of sliding layers (None for others), and what was kept.
     """
     pos = positions(tokens, lengths)
-    longest = tokens.shape[1] if lengths is None or isinstance(lengths, Tracer) else int(np.max(lengths))
+    longest = tokens.shape[1] if lengths is None or isinstance(lengths, Tracer) else int(known(lengths).max())
     number = {layer: i for i, layer in enumerate(config.full_layers)}
     x, rings = _embed(params, config, tokens), []
     for i, weights in enumerate(layer_params(params, config)):
@@ -201,8 +201,8 @@ def prefill_logits(
 ) -> tuple[Array, Cache]:
     """`prefill`, and the logits of the token after each prompt [B, vocab] float32."""
     rows = _lengths(tokens, lengths)
-    known = tokens.shape[1] if isinstance(rows, Tracer) else np.asarray(rows)
-    planned = plan(policy, config, known, params["embed"].dtype)
+    planned_for = tokens.shape[1] if isinstance(rows, Tracer) else known(rows)
+    planned = plan(policy, config, planned_for, params["embed"].dtype)
     if policy.in_chunks:
         last, cache = prefill_in_chunks(params, config, planned, tokens, rows)
         return _unembed(params, config, last), cache
@@ -243,7 +243,7 @@ def _divided(
             capacity = division.capacity(j)
             if capacity < begun[j][0].k.shape[2]:
                 spec = layer_spec(config, config.full_layers[j])
-                begun[j] = cut_layer(policy, spec, plan.places[j], capacity, begun[j], jnp.asarray(division.slots[j]))
+                begun[j] = cut_layer(policy, spec, plan.places[j], capacity, begun[j], division.slots[j])
         return division, begun
 
     start: tuple[Division, list[Any]] = (start_division(plan, rows), [])

@@ -15,6 +15,7 @@ from jax import Array
 
 from kvjax.cache import LayerSpec
 from kvjax.cache.spread import settled
+from kvjax.kernels.known import known
 from kvjax.policies.budget import whole
 from kvjax.policies.observe import Observation, Prompt
 from kvjax.policies.policy import Place, Policy, PolicyError, reduce_before
@@ -48,7 +49,7 @@ class Division:
     def see(self, weight: Any) -> "Division":
         """With one more layer, whose weight is [B]. Where budgets cascade, what a layer has lost stays lost."""
         stage = self.policy.stages[-1]
-        weights, mean = (*self.weights, np.asarray(weight)), stage.budget.mean(self.lengths)
+        weights, mean = (*self.weights, known(weight)), stage.budget.mean(self.lengths)
         slots = stage.divide.divide(np.stack(weights), mean, self.lengths, self.layers, stage.least)
         slots = np.minimum(slots, self.lengths).astype(np.int32)
         if stage.divide.cascades and self.weights:

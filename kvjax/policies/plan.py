@@ -17,6 +17,7 @@ from kvjax.cache import Cache, LayerSpec, Tokens, make_ring, tree_nbytes
 from kvjax.cache.spread import settled
 from kvjax.cache.types import static
 from kvjax.kernels import mesh
+from kvjax.kernels.known import known
 from kvjax.models.config import Config
 from kvjax.models.transformer import layer_spec
 from kvjax.policies.budget import Budget
@@ -223,7 +224,7 @@ def compress(plan: Plan, observed: Observed) -> Cache:
     return finish(plan, division, begun, observed.config, observed.layers, observed.lengths)
 
 
-def decide(plan: Plan, observed: Observed) -> tuple[Plan, jax.Array]:
+def decide(plan: Plan, observed: Observed) -> tuple[Plan, jax.Array | np.ndarray]:
     """The plan with all capacities, and the tokens that every row keeps [layers, stages, B] int32.
 
     Where budgets depend on the data this runs on the host, from one number per layer and row; else it says what is
@@ -250,10 +251,10 @@ def start_division(plan: Plan, lengths: jax.Array) -> Division:
             f"{plan.policy}: budgets depend on the data, so shapes are known only between compiled stages. Call it "
             "outside `jit`; or `decide` a plan outside and use `compress_decided` inside."
         )
-    return Division(plan.policy, np.asarray(lengths), len(plan.places))
+    return Division(plan.policy, known(lengths), len(plan.places))
 
 
-def settle(plan: Plan, division: Division) -> tuple[Plan, jax.Array]:
+def settle(plan: Plan, division: Division) -> tuple[Plan, np.ndarray]:
     """The plan with the capacities of a division that has seen all layers, and the tokens that every row keeps."""
     places = tuple(
         dataclasses.replace(
@@ -261,7 +262,8 @@ def settle(plan: Plan, division: Division) -> tuple[Plan, jax.Array]:
         )
         for i, place in enumerate(plan.places)
     )
-    slots = plan.slots(jnp.asarray(division.lengths)).at[:, -1].set(division.slots)
+    slots = np.array(plan.slots(jnp.asarray(division.lengths)))
+    slots[:, -1] = division.slots
     return dataclasses.replace(plan, places=places, decided=True), slots
 
 
@@ -281,7 +283,7 @@ def finish(plan: Plan, division: Division, begun: Any, config: Config, layers: A
 
 
 @functools.partial(jax.jit, static_argnames="plan")
-def compress_decided(plan: Plan, slots: jax.Array, observed: Observed) -> Cache:
+def compress_decided(plan: Plan, slots: jax.Array | np.ndarray, observed: Observed) -> Cache:
     """`compress` with what `decide` says: runs under `jit` whatever the policy."""
     config = observed.config
     layers = list(observed.layers)

@@ -38,6 +38,7 @@ PATIENCE = 1200  # Seconds; how many they need depends on what has been compiled
 POLICIES = {
     "evicted_and_packed": "snapkv(0.5, window=4) | kivi(bits=4, group=16, residual=16)",
     "on_the_host": str(tiny.small("shadowkv")),
+    "divided_by_the_data": str(tiny.small("cake")),
 }
 
 
