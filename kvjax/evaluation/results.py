@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import platform
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,6 @@ import jax
 
 Row = dict[str, Any]
 FILE = "results.json"
-PARTIAL = f"{FILE}.partial"  # Always the same name: what a killed run leaves of it, the next one replaces.
 
 
 def versions() -> dict[str, str]:
@@ -42,8 +42,8 @@ def make_folder(folder: pathlib.Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / PARTIAL).touch()
-        (folder / PARTIAL).unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # Of no name that another process in this folder may be writing.
+            pass
     except OSError as error:
         raise ValueError(f"Cannot write to the folder {folder}: {error.strerror}. Choose another (--out).") from None
 
@@ -87,7 +87,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     """
     if jax.process_index() > 0:
         return
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.partial")  # One name: what a killed run leaves, the next one replaces.
     try:
         with partial.open("w", encoding="utf-8") as file:
             json.dump(value, file, indent=1, allow_nan=True)

@@ -13,7 +13,7 @@ from kvjax.cache import EMPTY
 from kvjax.evaluation import grid as grids
 from kvjax.evaluation.grid import make_grid, prepare, read_grid, run_grid, unfinished
 from kvjax.evaluation.leaderboard import leaderboard, leaderboard_table
-from kvjax.evaluation.results import read_rows
+from kvjax.evaluation.results import make_folder, read_rows
 
 GRID = {
     "name": "small",
@@ -184,6 +184,14 @@ def test_a_job_belongs_to_one_process_and_is_free_when_it_dies(ran, tmp_path):
     other.join()
     with grids._claimed(tmp_path) as free:
         assert free
+
+
+def test_who_looks_at_a_folder_leaves_alone_what_another_is_writing(tmp_path):
+    writing = tmp_path / "results.json.partial"
+    writing.write_text("[")
+    make_folder(tmp_path)
+    assert writing.read_text() == "["
+    assert [path.name for path in tmp_path.iterdir()] == [writing.name]
 
 
 def test_devices_share_the_jobs(ran, model, tmp_path):
