@@ -30,6 +30,16 @@ def test_samples_of_one_context_count_as_one():
     assert (wide[1] - wide[0]) > 2 * (high - low)
 
 
+def test_contexts_with_more_questions_weigh_more_and_no_mean_leaves_the_values():
+    values, clusters = [1.0] * 9 + [0.0] + [1.0] * 3, ["a"] * 9 + ["b"] + ["c"] * 3
+    low, high = bootstrap(values, clusters)
+    assert 0 <= low and high == 1.0  # A draw of the large context alone is all ones, and no more.
+
+
+def test_no_difference_is_ever_certain():
+    assert 0 < paired([1.0] * 40, [0.0] * 40).p < 0.001
+
+
 def test_one_context_says_nothing():
     assert bootstrap([0.1, 0.9], ["a", "a"]) == (-np.inf, np.inf)
     assert paired([1.0, 1.0], [0.0, 0.0], ["a", "a"]).p == 1.0
