@@ -15,7 +15,19 @@ from kvjax.evaluation.tasks import Ids
 from kvjax.generation import observe, prefill
 from kvjax.model import Model
 from kvjax.models.config import Config
-from kvjax.policies import Needs, Observed, Plan, Policy, abstract_cache, compress_decided, decide, plan
+from kvjax.policies import (
+    Budget,
+    Needs,
+    Observed,
+    Plan,
+    Policy,
+    abstract_cache,
+    compress_decided,
+    decide,
+    plan,
+    with_budget,
+)
+from kvjax.policies.policy import Place
 
 
 def see(model: Model, prompt: Ids, policies: Sequence[Policy]) -> Observed:
@@ -31,11 +43,14 @@ def compressed(model: Model, observed: Observed, case: Case, policy: Policy) -> 
         tokens, lengths = model.encode(case.prompt)
         cache = prefill(model.params, model.config, policy, tokens, lengths).reserve(case.shape[1])
         return tight, dataclasses.replace(cache, policy=policy.after_prompt)
-    wide, slots = decide(_wide(tight, observed), observed)
-    return tight if tight.decided else wide, _ready(wide, slots, observed, case.shape[1])
+    wide = _wide(policy, tight, observed)
+    if tight.decided:
+        return tight, _ready(wide, tight.slots(observed.lengths), observed, case.shape[1])
+    wide, slots = decide(wide, observed)
+    return wide, _ready(wide, slots, observed, case.shape[1])
 
 
-def _wide(tight: Plan, observed: Observed) -> Plan:
+def _wide(policy: Policy, tight: Plan, observed: Observed) -> Plan:
     """A plan with capacities for every prompt that is padded to the same length, so that they share compilations.
 
     Rows know how many slots are theirs, so what is kept does not depend on it.
@@ -43,7 +58,27 @@ def _wide(tight: Plan, observed: Observed) -> Plan:
     width = next((layer[0].k.shape[2] for layer in observed.layers if isinstance(layer, tuple)), tight.length)
     if width == tight.length:
         return tight
-    return plan(tight.policy, observed.config, [tight.length, width], observed.last.dtype)
+    config, dtype = observed.config, observed.last.dtype
+    if _counts_bytes(policy) and tight.decided and _tokens(tight) < tight.length:
+        # As many bytes are another number of tokens for every length: as one ratio, their policies are the same.
+        ratio = _tokens(plan(policy, config, width, dtype)) / width
+        shared = plan(with_budget(policy, Budget(ratio=ratio)), config, width, dtype)
+        if all(map(_has_room, shared.places, tight.places)):
+            return shared
+    return plan(tight.policy, config, [tight.length, width], dtype)
+
+
+def _counts_bytes(policy: Policy) -> bool:
+    return bool(policy.stages) and policy.stages[-1].budget.in_bytes
+
+
+def _has_room(place: Place, other: Place) -> bool:
+    return all(slots >= others for slots, others in zip(place.capacities, other.capacities, strict=True))
+
+
+def _tokens(plan: Plan) -> int:
+    """What bytes have been turned into."""
+    return plan.policy.stages[-1].budget.tokens or 0
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "room"))

@@ -11,6 +11,7 @@ from kvjax.policies.plan import (
     compress_decided as compress_decided,
     decide as decide,
     plan as plan,
+    with_budget as with_budget,
 )
 from kvjax.policies.policy import Policy as Policy, PolicyError as PolicyError, attend_with as attend_with
 from kvjax.policies.read import Read as Read, ReadAll as ReadAll

@@ -95,17 +95,13 @@ def plan(policy: Policy, config: Config, lengths: Any, dtype: Any) -> Plan:
 @functools.lru_cache(maxsize=4096)  # A dozen abstract caches each, and the same for every prompt of a length.
 def _in_tokens(policy: Policy, config: Config, length: int, dtype: Any) -> Policy:
     """The policy with its last budget in tokens: the most whose cache, for one sequence, fits the bytes."""
-    *before, last = policy.stages
+    last = policy.stages[-1]
     allowed = last.budget.bytes or 0
     if last.budget.size is not None:
         allowed = math.floor(last.budget.size * nbytes(plan(Policy(), config, length, dtype), config, dtype))
 
-    def with_tokens(tokens: int) -> Policy:
-        stage = dataclasses.replace(last, budget=Budget(tokens=tokens))  # type: ignore[type-var]
-        return dataclasses.replace(policy, stages=(*before, stage))
-
     def size(tokens: int) -> int:
-        return nbytes(plan(with_tokens(tokens), config, length, dtype), config, dtype)
+        return nbytes(plan(with_budget(policy, Budget(tokens=tokens)), config, length, dtype), config, dtype)
 
     least, most = last.least, max(length, last.least)
     if (smallest := size(least)) > allowed:
@@ -120,7 +116,14 @@ def _in_tokens(policy: Policy, config: Config, length: int, dtype: Any) -> Polic
     while high - low > 1:  # `low` fits and `high` does not.
         middle = (low + high) // 2
         low, high = (middle, high) if size(middle) <= allowed else (low, middle)
-    return with_tokens(low)
+    return with_budget(policy, Budget(tokens=low))
+
+
+def with_budget(policy: Policy, budget: Budget) -> Policy:
+    """The policy with another last budget."""
+    *before, last = policy.stages
+    stage = dataclasses.replace(last, budget=budget)  # type: ignore[type-var]
+    return dataclasses.replace(policy, stages=(*before, stage))
 
 
 def _guess(policy: Policy, config: Config, length: int, dtype: Any) -> int | None:
