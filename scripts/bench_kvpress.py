@@ -15,6 +15,7 @@ belong to each layer's length; scores and selection are its own code.
 
 import argparse
 import copy
+import dataclasses
 import json
 import os
 import pathlib
@@ -111,11 +112,10 @@ def kvjax_speed(repeats: int) -> dict:
             logits, cache = kvjax.prefill_logits(model.params, model.config, policy, tokens)
             jax.block_until_ready(cache)
             read = time.perf_counter() - start
-            cache, done, key = cache.reserve(STEPS), jnp.zeros(1, bool), jax.random.key(0)
+            after, done, key = policy.after_prompt, jnp.zeros(1, bool), jax.random.key(0)
+            cache = dataclasses.replace(cache.reserve(STEPS), policy=after)
             jax.block_until_ready(cache)
             start = time.perf_counter()
-            after = policy.after_prompt
-            cache = kvjax.cache.Cache(cache.layers, cache.seen, cache.shared, cache.config, after)
             step = kvjax.decode(model.params, model.config, after, cache, logits, key, done, max_new_tokens=STEPS)
             jax.block_until_ready(step[0])
             times += [(read, (time.perf_counter() - start) / STEPS)] if repeat else []
