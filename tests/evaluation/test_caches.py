@@ -30,9 +30,9 @@ def model():
 
 
 def case_of(length):
-    prompt = tiny.TOKENS[0, :length].tolist()
-    sample = Sample(id="0", context_ids=prompt, question_ids=[1], answers=([2],))
-    return Case(sample, prompt, question=[1], tokens=4)
+    prompt = tuple(tiny.TOKENS[0, :length].tolist())
+    sample = Sample(id="0", context_ids=prompt, question_ids=(1,), answers=((2,),))
+    return Case(sample, prompt, question=(1,), tokens=4)
 
 
 def shapes(tree):
