@@ -59,17 +59,13 @@ def _wide(policy: Policy, tight: Plan, observed: Observed) -> Plan:
     if width == tight.length:
         return tight
     config, dtype = observed.config, observed.last.dtype
-    if _counts_bytes(policy) and tight.decided and _tokens(tight) < tight.length:
+    if policy != tight.policy and tight.decided and _tokens(tight) < tight.length:
         # As many bytes are another number of tokens for every length: as one ratio, their policies are the same.
         ratio = _tokens(plan(policy, config, width, dtype)) / width
         shared = plan(with_budget(policy, Budget(ratio=ratio)), config, width, dtype)
         if all(map(_has_room, shared.places, tight.places)):
             return shared
     return plan(tight.policy, config, [tight.length, width], dtype)
-
-
-def _counts_bytes(policy: Policy) -> bool:
-    return bool(policy.stages) and policy.stages[-1].budget.in_bytes
 
 
 def _has_room(place: Place, other: Place) -> bool:

@@ -19,8 +19,9 @@ POLICIES = {
     "at every step": "h2o('40%B')",
     "layers differ": "pyramidkv('40%B', window=4)",
     "heads differ": "adakv('60%B', score=snapkv(window=4))",
-    "stored in groups": "knorm('50%B') | int8",
+    "stored in bytes": "knorm('50%B') | int8",
     "all bytes": "h2o('100%B')",
+    "more than there is": "snapkv('1MB', window=80)",
 }
 
 
