@@ -33,6 +33,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -53,7 +54,6 @@ if "cpu" not in os.environ.get("JAX_PLATFORMS", "cpu"):
 Row = dict[str, Any]
 SHARES = {"numerics": 0.25, "bandwidth": 0.25, "steps": 0.25, "peers": 0.15, "shapes": 0.10}
 BYTE_CYCLE = 2**27  # As `kvjax.evaluation.kernels.CHIP_CACHE`, for the process that does not import kvjax.
-STALL = 75.0  # Seconds without a sign of life after which the working process is given up.
 RESTARTS = 6
 
 
@@ -101,7 +101,7 @@ def supervise(options: argparse.Namespace) -> None:
     for _ in range(RESTARTS + 1):
         worker = subprocess.Popen([sys.executable, *sys.argv, *job])
         try:
-            ended = wait(worker, found)
+            ended = wait(worker, found, options.stall)
         finally:
             worker.kill()
             worker.wait()
@@ -121,10 +121,10 @@ def supervise(options: argparse.Namespace) -> None:
         sys.exit(f"Wrong: {'; '.join(wrong) or 'nothing'}. Parts that broke off: {', '.join(broken) or 'none'}.")
 
 
-def wait(worker: subprocess.Popen, found: Callable[[], Path | None]) -> int | None:
-    """The exit code of a process; None where it gives no sign of life."""
+def wait(worker: subprocess.Popen, found: Callable[[], Path | None], stall: float) -> int | None:
+    """The exit code of a process; None where it gives no sign of life for so many seconds."""
     sign = time.time()
-    while time.time() < sign + STALL:
+    while time.time() < sign + stall:
         try:
             return worker.wait(timeout=1)
         except subprocess.TimeoutExpired:
@@ -210,6 +210,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--implementations", default="", help="whose numerics are checked; default: this machine's")
     parser.add_argument("--out", default=str(ROOT / "benchmarks"), help="folder of results")
     parser.add_argument("--commit", default="", help="of the code, where there is no git to ask")
+    parser.add_argument("--keep", default="", help="folder for what kernels that are wrong say, and should, as .npz")
+    parser.add_argument("--stall", type=float, default=75.0, help="seconds without a sign of life that mean: it hangs")
     parser.add_argument("--torch-peers", help=argparse.SUPPRESS)
     parser.add_argument("--date", help=argparse.SUPPRESS)
     parser.add_argument("--end", type=float, help=argparse.SUPPRESS)
@@ -326,7 +328,23 @@ def judge(run: Run, check: Check, prepared: Future[Any], device: Any) -> Row:
     pairs = zip(jax.tree_util.tree_leaves_with_path(wanted), jax.tree.leaves(found), strict=True)
     errors = {jax.tree_util.keystr(path): relative_error(got, leaf) for (path, leaf), got in pairs}
     verdict = "PASS" if max(errors.values()) <= check.tolerance else "FAIL"
+    if verdict == "FAIL" and run.options.keep:
+        keep(Path(run.options.keep), check.name, {"found": found, "wanted": wanted})
     return row | {"verdict": verdict, "errors": errors, "tolerance": check.tolerance}
+
+
+def keep(folder: Path, name: str, trees: Row) -> None:
+    """Pytrees of arrays as one file, to look at elsewhere."""
+    import jax
+    import numpy as np
+
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        f"{which}{jax.tree_util.keystr(path)}": np.asarray(leaf, np.float32)
+        for which, tree in trees.items()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    np.savez_compressed(folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', name)}.npz", **arrays)
 
 
 def relative_error(found: Any, wanted: Any) -> float:
