@@ -14,7 +14,7 @@ from jax import Array
 from kvjax.kernels import choose
 from kvjax.kernels.decode.gpu_kernel import ROWS, Config, run, shared_memory
 from kvjax.kernels.decode.gpu_schedule import join, schedule
-from kvjax.kernels.decode.gpu_stored import merge_planes, refuse_vectors, side, sort_planes, views
+from kvjax.kernels.decode.gpu_stored import merge_planes, refuse_vectors, side, sort_planes, views, weave
 from kvjax.kernels.decode.request import Request, Tail
 from kvjax.kernels.hopper import PROCESSORS, RESERVED, SHARED_MEMORY, interpreter
 from kvjax.kernels.parts import NEG, Part
@@ -139,7 +139,7 @@ def attend(
     pad = lambda x, value=0: jnp.pad(  # noqa: E731
         x, [(0, 0)] * (x.ndim - 2) + [(0, config.rows - rows), (0, 0)], constant_values=value
     )
-    q = sort_planes(request.q, config.k.planes).reshape(batch * heads, rows, dim)
+    q = order_keys(request.q, config).reshape(batch * heads, rows, dim)
     arrays = where | {"q": pad(q)}
     for name, vectors in (("k", k), ("v", v)):
         arrays |= {name + suffix: x for suffix, x in views(vectors).items()}
@@ -191,6 +191,12 @@ def _config(
     return config
 
 
+def order_keys(x: Array, config: Config) -> Array:
+    """Channels [..., D] in the order in which stored keys are multiplied."""
+    x = sort_planes(x, config.k.planes)
+    return weave(x) if config.k.in_registers(config.block) else x
+
+
 def _tail(tail: Tail, config: Config, dtype: Any) -> dict[str, Array]:
     """A tail in whole blocks, channels in the order of what is stored."""
 
@@ -199,5 +205,5 @@ def _tail(tail: Tail, config: Config, dtype: Any) -> dict[str, Array]:
         x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)], constant_values=value)
         return x.reshape(-1, *x.shape[2:])
 
-    k, v = sort_planes(tail.k.astype(dtype), config.k.planes), sort_planes(tail.v.astype(dtype), config.v.planes)
+    k, v = order_keys(tail.k.astype(dtype), config), sort_planes(tail.v.astype(dtype), config.v.planes)
     return {"tail_k": blocks(k, 2, 0), "tail_v": blocks(v, 2, 0), "tail_pos": blocks(tail.pos, 2, -1)}

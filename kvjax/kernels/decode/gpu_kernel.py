@@ -24,7 +24,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kvjax.kernels.decode.gpu_schedule import LOG2E, Schedule
-from kvjax.kernels.decode.gpu_stored import COPY, WIDTH, Side, decode_block, wide
+from kvjax.kernels.decode.gpu_stored import (
+    COPY,
+    WIDTH,
+    Places,
+    Side,
+    aligned,
+    as_operand,
+    decode_block,
+    pick,
+    weave,
+    wide,
+)
 from kvjax.kernels.parts import NEG
 
 
@@ -61,6 +72,11 @@ class Config:
     window: int
     softcap: float
 
+    def tiled(self, name: str) -> bool:
+        """Whether keys ("k") or values ("v") are decoded to shared memory, or a tail has to lie there."""
+        side = {"k": self.k, "v": self.v}[name]
+        return not side.dense and (name == "v" or self.tail > 0 or not side.in_registers(self.block))
+
 
 ROWS = 8  # That shared memory is tiled by: the compiler has to know that slots are multiples of them.
 
@@ -73,13 +89,14 @@ class Span(typing.NamedTuple):
     high: Array
 
 
-State = tuple[Array, Array, Array]  # Sums of weighted values [Dv, N], maximum (base 2) and sum of weights [N].
+# Sums of weighted values [Dv, N], maximum (base 2) [N], and weights [block, N], which are added up at the end.
+State = tuple[Array, Array, Array]
 
 
 def shared_memory(config: Config) -> int:
     """Bytes that a program takes, short of barriers and alignment."""
     k, v, rows, block = config.k, config.v, config.rows, config.block
-    tiles = sum(2 * block * side.dim for side in (k, v) if not side.dense)
+    tiles = sum(2 * block * side.dim for name, side in (("k", k), ("v", v)) if config.tiled(name))
     stored = config.stages * (k.nbytes(block) + v.nbytes(block) + 4 * block * (config.masked + config.bias))
     return tiles + stored + 2 * rows * (k.dim + block) + 4 * rows * (v.dim + 2)
 
@@ -103,6 +120,7 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
     k, v, rows, block, piece, stages = config.k, config.v, config.rows, config.block, config.piece, config.stages
     bf16, f32 = jnp.bfloat16, jnp.float32
     total_rows, pieces = arrays["q"].shape[0], block // piece
+    pos_pitch = aligned(piece, jnp.int32)
     sides = {"k": k, "v": v}
     inputs = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)} | arrays
 
@@ -115,15 +133,15 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
             share = total_rows // inp[name].shape[0]
             return inp[name].at[row if share == 1 else lax.div(row, jnp.int32(share))]
 
-        def find(row: Array, index: Array) -> list[Span]:
+        def find(row: Array, length: Array | None, index: Array) -> list[Span]:
             """Where a block is."""
-            if config.table:
+            if length is None:
                 first, low, high = (inp[name].at[row] for name in ("first", "low", "high"))
                 at = [index * pieces + j for j in range(pieces)]
                 return [Span(first[i] * ROWS, low[i], high[i]) for i in at]
             fresh = index * block
             first = jnp.minimum(fresh, config.slots - block)  # The last block overlaps the one before.
-            return [Span(first, fresh - first, jnp.minimum(inp["lengths"][row] - first, block))]
+            return [Span(first, fresh - first, jnp.minimum(length - first, block))]
 
         def fetch(name: str, row: Array, spans: list[Span], slot: Array | int) -> None:
             """Starts the copies of a block of keys or values."""
@@ -141,10 +159,11 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
                     for start in range(0, size, COPY):
                         part = min(COPY, size - start)
                         source = pl.ds(span.first * (size // piece) + start, part)
-                        copy(of_row(extra, row).at[source], mem[extra].at[slot, 0, pl.ds(j * size + start, part)])
+                        target = pl.ds(j * side.pitch(piece) + start, part)
+                        copy(of_row(extra, row).at[source], mem[extra].at[slot, 0, target])
                 if name == "k" and config.masked:
                     source = of_row("pos", row).at[pl.ds(span.first, piece)]
-                    copy(source, mem["pos"].at[slot, pl.ds(j * piece, piece)])
+                    copy(source, mem["pos"].at[slot, pl.ds(j * pos_pitch, piece)])
                 if name == "k" and config.bias:
                     copy(of_row("bias", row).at[:, pl.ds(span.first, piece)], mem["bias"].at[slot])
 
@@ -155,11 +174,27 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
                 plgpu.copy_gmem_to_smem(source, target, mem["tail_ready"])
 
         # What the tensor cores read: codes are decoded to here, and a tail lies here before anything is.
-        tiles = {name: mem[name].at[0] if side.dense else mem[name + "_tile"] for name, side in sides.items()}
+        tiles = {name: mem[name].at[0] if side.dense else mem.get(name + "_tile") for name, side in sides.items()}
 
         def refs(name: str, slot: Array) -> dict[str, Any]:
             found = {extra: mem[f"{name}_{extra}"].at[slot] for extra in sides[name].extras()}
             return found | {"codes": mem[name].at[slot]}
+
+        def decode_keys(slot: Array) -> Any:
+            """A block of keys [block, D] bfloat16, or a reference to it."""
+            decoded = decode_block(k, refs("k", slot), None, piece, interpret)
+            registers = k.in_registers(block)
+            if registers and not interpret:
+                return as_operand([x for _, x in decoded])
+            for start, x in decoded:  # Pallas' interpreter cannot multiply what is in registers.
+                mem["k_tile"][:, pl.ds(start, x.shape[1])] = weave(x) if registers else x
+            plgpu.commit_smem()
+            return mem["k_tile"]
+
+        def scale_of(name: str, slot: Array) -> Array:
+            """Of each token of a block [block] float32, where tokens have one."""
+            places = Places(block, piece, sides[name].pitch(piece))
+            return pick(mem[name + "_scale"].at[slot, 0], places, 0, interpret).astype(f32)
 
         def occupied(spans: list[Span], shape: tuple[int, ...]) -> Array:
             """Which tokens of a block count: bool of a shape that begins with them."""
@@ -199,7 +234,8 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
 
             Args:
               seen: Which tokens each query row sees [block, N].
-              keys, values: References to [block, D] bfloat16.
+              keys: [block, D] bfloat16, or a reference to it.
+              values: A reference to [block, Dv] bfloat16.
               meanwhile: Done while the tensor cores multiply keys.
               logits, weights: Applied to logits before anything else, and to weights before they meet values.
               settle: The last writes to values.
@@ -219,7 +255,7 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
             new = jnp.maximum(top, s.max(axis=0))
             fade = jnp.exp2(top - new)
             p = jnp.where(seen, jnp.exp2(s - wide(new, s.shape, 1)), 0.0)
-            total = total * fade + p.sum(axis=0)
+            total = total * wide(fade, p.shape, 1) + p
             mem["p"].T[...] = weights(p).astype(bf16)
             settle()
             plgpu.commit_smem()
@@ -236,6 +272,7 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
         @pl.loop(inp["first_row"][program], inp["last_row"][program] + 1)
         def _(row: Array) -> None:
             offset = inp["offsets"][row]
+            length = None if config.table else inp["lengths"][row]
             low = jnp.maximum(begin, offset) - offset
             steps = jnp.minimum(end, inp["offsets"][row + 1]) - offset - low
             plgpu.copy_gmem_to_smem(of_row("q", row), mem["q"], mem["q_ready"])
@@ -251,7 +288,7 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
 
                 @pl.when(stage < steps)
                 def _() -> None:
-                    spans = find(row, low + stage)
+                    spans = find(row, length, low + stage)
                     for name in names:
                         fetch(name, row, spans, stage)
 
@@ -269,16 +306,14 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
 
             def step(i: Array, state: State) -> State:
                 slot = lax.rem(i, jnp.int32(stages))
-                spans = find(row, low + i)
-                later = find(row, low + jnp.minimum(i + stages, steps - 1))  # Read early, because memory is far.
+                spans = find(row, length, low + i)
+                later = find(row, length, low + jnp.minimum(i + stages, steps - 1))  # Read early, because memory is far.
                 plgpu.barrier_wait(mem["k_ready"].at[slot])
                 seen = occupied(spans, (block, rows))
                 if config.masked:
-                    seen = seen & visible(mem["pos"][slot])
+                    seen = seen & visible(pick(mem["pos"].at[slot], Places(block, piece, pos_pitch), 0, interpret))
                 alive = lambda: anybody(seen) if config.masked else occupied(spans, (block,))  # noqa: E731
-                if not k.dense:
-                    decode_block(k, refs("k", slot), mem["k_tile"], None, interpret)
-                    plgpu.commit_smem()
+                keys = mem["k"].at[slot] if k.dense else decode_keys(slot)
                 plgpu.barrier_wait(mem["v_ready"].at[slot])
 
                 def refill(*names: str) -> None:
@@ -289,11 +324,13 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
 
                 def meanwhile() -> None:
                     if not v.dense:
-                        decode_block(v, refs("v", slot), mem["v_tile"], alive() if v.fragile else None, interpret)
+                        some = alive() if v.fragile else None
+                        for start, x in decode_block(v, refs("v", slot), some, piece, interpret):
+                            mem["v_tile"][:, pl.ds(start, x.shape[1])] = x
 
                 def logits(s: Array) -> Array:
                     if k.scaled == "slot":
-                        s = s * wide(mem["k_scale"][slot, 0].astype(f32), s.shape, 0)
+                        s = s * wide(scale_of("k", slot), s.shape, 0)
                     column = lax.broadcasted_iota(jnp.int32, s.shape, 1)
                     for n in range(config.bias):
                         s = s + jnp.where(column == n, wide(mem["bias"][slot, n], s.shape, 0), 0.0)
@@ -302,7 +339,7 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
                 def weights(p: Array) -> Array:
                     if v.scaled != "slot":
                         return p
-                    return jnp.where(seen, p * wide(mem["v_scale"][slot, 0].astype(f32), p.shape, 0), 0.0)
+                    return jnp.where(seen, p * wide(scale_of("v", slot), p.shape, 0), 0.0)
 
                 def settle() -> None:
                     if v.dense and config.masked:
@@ -314,7 +351,7 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
                 state = attend(
                     state,
                     seen,
-                    mem["k"].at[slot] if k.dense else mem["k_tile"],
+                    keys,
                     mem["v"].at[slot] if v.dense else mem["v_tile"],
                     meanwhile=meanwhile,
                     logits=logits,
@@ -326,14 +363,14 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
                     refill("v")
                 return state
 
-            state = (jnp.zeros((v.dim, rows), f32), jnp.full((rows,), NEG, f32), jnp.zeros((rows,), f32))
+            state = (jnp.zeros((v.dim, rows), f32), jnp.full((rows,), NEG, f32), jnp.zeros((block, rows), f32))
             if config.tail:
                 state = lax.fori_loop(tail_low, tail_low + tail_steps, tail_step, state)
             ahead(0, behind)
             acc, top, total = lax.fori_loop(0, steps, step, state)
             mem["out"][...] = acc
             mem["sums"][0] = top
-            mem["sums"][1] = total
+            mem["sums"][1] = total.sum(axis=0)
             plgpu.commit_smem()
             part = jnp.where(begin <= offset, row, total_rows + program)
             plgpu.copy_smem_to_gmem(mem["out"], out["out"].at[part])
@@ -350,17 +387,18 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
     if config.masked or config.tail:
         scratch["q_pos"] = plgpu.SMEM((rows,), jnp.int32)
     if config.masked:
-        scratch["pos"] = plgpu.SMEM((stages, block), jnp.int32)
+        scratch["pos"] = plgpu.SMEM((stages, pieces * pos_pitch), jnp.int32)
     if config.bias:
         scratch["bias"] = plgpu.SMEM((stages, config.bias, block), f32)
     if config.tail:
         scratch |= {"tail_pos": plgpu.SMEM((block,), jnp.int32), "tail_ready": plgpu.Barrier(num_arrivals=3)}
     for name, side in sides.items():
         scratch[name] = plgpu.SMEM((stages, block, arrays[name].shape[-1]), side.dtype)
-        if not side.dense:
+        if config.tiled(name) or (interpret and not side.dense):
             scratch[name + "_tile"] = plgpu.SMEM((block, side.dim), bf16)
         for extra in side.extras():
-            scratch[f"{name}_{extra}"] = plgpu.SMEM((stages, *side.scales(block)), side.scale_dtype)
+            shape = side.scales(block) if side.scaled == "channel" else (1, pieces * side.pitch(piece))
+            scratch[f"{name}_{extra}"] = plgpu.SMEM((stages, *shape), side.scale_dtype)
         arrivals = side.arrivals(block, piece) + pieces * (name == "k") * (config.masked + (config.bias > 0))
         scratch[name + "_ready"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
 

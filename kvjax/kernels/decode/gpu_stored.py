@@ -6,7 +6,7 @@ channels in turn, and queries and outputs are reordered outside, where they are 
 
 import dataclasses
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,7 +21,10 @@ from jaxlib.mlir.dialects import arith, memref, vector as mlir_vector
 from kvjax.kernels.vectors import Vectors
 
 COPY = 256  # Elements along one axis that one asynchronous copy can move.
+ALIGNED = 128  # Bytes: a copy writes to multiples of them in shared memory.
 WIDTH = 64  # More channels at a time take more registers.
+WEAVE = 32  # Neighbouring channels that `weave` sorts.
+KEYS = 64 * 256  # Numbers of a block of keys that fit registers.
 CODES = (jnp.int8, jnp.float8_e4m3fn)
 SCALES = (jnp.float32, jnp.bfloat16, jnp.float16)
 VIEWS = {0: None, 2: jnp.int4, 4: jnp.int4, 8: jnp.int8}
@@ -63,11 +66,25 @@ class Side:
         """Channels of a plane that are decoded together: they share a scale where tokens have several."""
         return min(WIDTH, (self.group if self.scaled == "group" else self.dim) // self.planes)
 
+    @property
+    def layout(self) -> Any:
+        """Of codes in registers. None: whatever the compiler chooses."""
+        fits = self.width % WEAVE == 0 and self.scaled != "channel"
+        return plgpu.Layout.WGMMA_UPCAST_4X if fits else None  # Eight neighbours to a thread, that move together.
+
+    def in_registers(self, block: int) -> bool:
+        """Whether tensor cores read a block of keys from the registers in which it is decoded, not from a tile."""
+        return not self.dense and self.layout is not None and block * self.dim <= KEYS
+
     def scales(self, block: int) -> tuple[int, int]:
         """Scales of a block: rows of them, each one a vector in memory."""
         if self.scaled == "channel":
             return max(1, block // self.group), self.dim
         return 1, block * (self.dim // self.group if self.scaled == "group" else 1)
+
+    def pitch(self, piece: int) -> int:
+        """Elements from the scales of a piece in shared memory to those of the next."""
+        return aligned(self.scales(piece)[1], self.scale_dtype)
 
     def arrivals(self, block: int, piece: int) -> int:
         """Asynchronous copies that bring a block, piece by piece."""
@@ -88,6 +105,12 @@ class Side:
     def extras(self) -> tuple[str, ...]:
         """Names of what accompanies the codes."""
         return {"": (), "slot": ("scale",)}.get(self.scaled, ("scale", "zero"))
+
+
+def aligned(size: int, dtype: Any) -> int:
+    """So many elements, and what is missing before a copy may write there."""
+    whole = ALIGNED // jnp.dtype(dtype).itemsize
+    return -(-size // whole) * whole
 
 
 def refuse_vectors(x: Vectors) -> str | None:
@@ -140,6 +163,15 @@ def sort_planes(x: Array, planes: int) -> Array:
     return jnp.swapaxes(x.reshape(*x.shape[:-1], -1, planes), -1, -2).reshape(x.shape)
 
 
+def weave(x: Array) -> Array:
+    """[..., D] -> [..., D]: channels in the order in which tensor cores take keys that were decoded in registers.
+
+    Of 32 neighbours a thread decodes eight in a row, but each of four threads hands over two at a time. Sums over
+    channels do not care, if queries have the same order.
+    """
+    return jnp.swapaxes(x.reshape(*x.shape[:-1], -1, 4, 4, 2), -3, -2).reshape(x.shape)
+
+
 def merge_planes(x: Array, planes: int) -> Array:
     """The inverse of `sort_planes`."""
     return jnp.swapaxes(x.reshape(*x.shape[:-1], planes, -1), -1, -2).reshape(x.shape)
@@ -163,13 +195,39 @@ def unpack(raw: Array, bits: int) -> list[tuple[Array, float, float]]:
     return [(raw.astype(jnp.float16).astype(jnp.float32).astype(jnp.bfloat16), 0.0, 1.0)]
 
 
-def strided(ref: Any, size: int, stride: int, start: int, axis: int, interpret: Any) -> Array:
-    """Every `stride`-th element of a vector in shared memory [size], ready to be made wide along the other axis.
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where `size` elements of a vector in shared memory are: every `stride`-th from `start` on, in pieces.
+
+    Attributes:
+      piece: So many follow one another.
+      pitch: Elements of memory from a piece's first to that of the next.
+    """
+
+    size: int
+    piece: int
+    pitch: int
+    stride: int = 1
+    start: int = 0
+
+    @property
+    def all(self) -> bool:
+        """Whether they are the vector as it lies there."""
+        return self.stride == 1 and (self.piece >= self.size or self.pitch == self.piece)
+
+
+def pick(ref: Any, places: Places, axis: int, interpret: Any) -> Array:
+    """Elements of a vector in shared memory, ready to be made wide along the other axis.
 
     Pallas cannot read strided vectors, which the dialect below it can and its interpreter needs not.
     """
+    size, piece, pitch, stride, start = dataclasses.astuple(places)
+    if places.all:
+        return ref[pl.ds(0, size)]
     if interpret:
-        return ref[...].reshape(size, stride)[:, start]
+        pieces = -(-size // piece)
+        kept = ref[pl.ds(0, pieces * pitch)].reshape(pieces, pitch)[:, : min(size, piece) * stride]
+        return kept.reshape(size, stride)[:, start]
     layout = plgpu.Layout.WGMMA.reduce(1 - axis)
     result = plgpu.ShapeDtypeStruct((size,), ref.dtype, layout=layout)
 
@@ -178,11 +236,18 @@ def strided(ref: Any, size: int, stride: int, start: int, axis: int, interpret: 
         dialect: Any = layout.to_mgpu()
         kind = ir.MemRefType(vector.type).element_type
         index = lambda value: arith.constant(ir.IndexType.get(), value)  # noqa: E731
+
+        def place(at: Any) -> Any:
+            inside, before = at, index(start)
+            if piece < size:
+                inside = arith.remui(at, index(piece))
+                before = arith.addi(before, arith.muli(arith.divui(at, index(piece)), index(pitch)))
+            return arith.addi(arith.muli(inside, index(stride)), before)
+
         registers = []
         for (at,) in dialect.thread_idxs((size,)):
-            first = arith.addi(arith.muli(at, index(stride)), index(start))
-            places = [arith.addi(first, index(stride * i)) for i in range(dialect.vector_length)]
-            elements = [memref.load(vector, [place]) for place in places]
+            places = [place(arith.addi(at, index(i))) for i in range(dialect.vector_length)]
+            elements = [memref.load(vector, [one]) for one in places]
             registers.append(mlir_vector.from_elements(ir.VectorType.get((len(elements),), kind), elements))
         shape = dialect.registers_shape((size,))
         return mosaic.FragmentedArray(_registers=np.array(registers).reshape(shape), _layout=dialect, _is_signed=None)
@@ -195,24 +260,30 @@ def wide(x: Array, shape: tuple[int, ...], axis: int) -> Array:
     return lax.broadcast_in_dim(x, shape, [axis])
 
 
-def decode_block(side: Side, refs: dict[str, Any], tile: Any, alive: Array | None, interpret: Any) -> None:
-    """Writes a block of stored vectors to a tile in bfloat16, plane by plane.
+def decode_block(
+    side: Side, refs: dict[str, Any], alive: Array | None, piece: int, interpret: Any
+) -> Iterator[tuple[int, Array]]:
+    """Decodes a block of stored vectors, some channels at a time, plane by plane.
 
     Args:
       refs: "codes" [block, channels], and what accompanies them.
-      tile: [block, dim] bfloat16 in shared memory.
       alive: Which tokens count [block] bool: others become zero, even if what they hold is NaN. None: all.
+      piece: Slots of the block that were copied together.
+
+    Yields:
+      A first channel, in the order of `sort_planes`, and vectors from there on [block, width] bfloat16.
     """
-    block, width = tile.shape[0], side.width
+    block, width = refs["codes"].shape[0], side.width
     bf16, f32 = jnp.bfloat16, jnp.float32
 
     def per_group(name: str, start: int) -> Array:
         groups = side.dim // side.group
-        return strided(refs[name].at[0], block, groups, start * side.planes // side.group, 0, interpret).astype(f32)
+        places = Places(block, piece, side.pitch(piece), groups, start * side.planes // side.group)
+        return pick(refs[name].at[0], places, 0, interpret).astype(f32)
 
     def per_channel(name: str, row: int, start: int, plane: int) -> Array:
         ref = refs[name].at[row, pl.ds(start * side.planes, width * side.planes)]
-        return (ref[...] if side.planes == 1 else strided(ref, width, side.planes, plane, 1, interpret)).astype(f32)
+        return pick(ref, Places(width, width, width * side.planes, side.planes, plane), 1, interpret).astype(f32)
 
     def affine(start: int, plane: int, offset: float, factor: float) -> tuple[Array, Array]:
         """What numbers are multiplied by, and what is added then."""
@@ -237,14 +308,35 @@ def decode_block(side: Side, refs: dict[str, Any], tile: Any, alive: Array | Non
         return scale, zero
 
     load: Callable[..., Array] = plgpu.load  # Its signature is not that of older versions.
-    fits = width % 32 == 0 and side.scaled != "channel"
-    layout = plgpu.Layout.WGMMA_UPCAST_4X if fits else None  # Eight neighbours to a thread, that move together.
     for start in range(0, side.dim // side.planes, width):
-        raw = load(refs["codes"].at[:, pl.ds(start, width)], layout=layout, optimized=False)
+        raw = load(refs["codes"].at[:, pl.ds(start, width)], layout=side.layout, optimized=False)
         for plane, (y, offset, factor) in enumerate(unpack(raw, side.bits)):
             if side.scaled in ("group", "channel"):
                 scale, zero = affine(start, plane, offset, factor)
                 y = y * scale + zero
             if alive is not None and side.scaled != "group":
                 y = jnp.where(wide(alive, y.shape, 0), y, jnp.bfloat16(0))
-            tile[:, pl.ds(plane * (side.dim // side.planes) + start, width)] = y
+            yield plane * (side.dim // side.planes) + start, y
+
+
+def as_operand(parts: Sequence[Array]) -> Array:
+    """Neighbouring channels of a block of keys [block, width], as `Side.layout` has them in registers -> all of them
+    [block, D] as tensor cores take them, in the order of `weave`: no register moves.
+    """
+    (block, width), number = parts[0].shape, len(parts)
+    result = plgpu.ShapeDtypeStruct((block, number * width), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA_UPCAST_4X,) * number, return_type=result)
+    def rename(_: Any, *parts: Any) -> Any:
+        layout = plgpu.Layout.WGMMA.to_mgpu()
+        registers = np.empty(layout.registers_shape((block, number * width)), object)
+        pair = ir.VectorType.get((2,), ir.BF16Type.get())
+        for n, part in enumerate(parts):
+            for (row, column, *inner), register in np.ndenumerate(part.registers):
+                first = 4 * (n * width // WEAVE + column)
+                for i in range(4):
+                    pieces = mlir_vector.extract_strided_slice(pair, register, [2 * i], [2], [1])
+                    registers[(row, first + i, *inner)] = pieces
+        return mosaic.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return typing.cast(Callable[..., Array], rename)(*parts)
