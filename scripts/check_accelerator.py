@@ -184,6 +184,8 @@ def work(options: argparse.Namespace) -> None:
                 report["running"] = False
                 print(f"{name}: {sentence(row)}", flush=True)
                 save()
+                if "CUDA_ERROR" in row.get("error", ""):  # After which nothing runs any more in this process.
+                    os._exit(3)
             report["ended"].append(name)
         except Exception:  # What was measured so far counts, and so do the parts that follow.
             traceback.print_exc()

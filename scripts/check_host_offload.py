@@ -23,7 +23,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 CHECKS = ("device", "gather", "loop", "stream", "cache", "extend", "decode", "whole")
 

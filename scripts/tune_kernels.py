@@ -35,7 +35,7 @@ from kvjax.kernels.decode import Request
 ROOT = Path(__file__).parents[1]
 VALUES: Mapping[str, Mapping[str, Sequence[int]]] = {
     "tpu": {"block": (512, 1024, 2048, 4096, 8192), "splits": (1, 2)},
-    "gpu": {"block": (64, 128, 256), "stages": (2, 3, 4), "programs": (132, 264, 528)},
+    "gpu": {"block": (64, 128, 256), "stages": (2, 3, 4), "programs": (132, 264, 396, 528)},
     "xla": {"block": (128, 256, 512, 1024, 2048, 4096)},
 }
 Options = dict[str, int]
@@ -116,6 +116,7 @@ def tune(case: Case, name: str, bandwidth: float) -> dict[str, Any] | None:
         new = [each for each in tried if tuple(each.items()) not in times]
         for each, seconds in zip(new, measure(module, case, new, bandwidth), strict=True):
             times[tuple(each.items())] = seconds
+            print(f"  {', '.join(f'{k}={v}' for k, v in each.items()) or 'as it is'}: {1e6 * seconds:,.1f} us", flush=True)
         best = min(tried, key=lambda each: times[tuple(each.items())])
     usual, seconds = times[()], times[tuple(best.items())]
     if seconds == float("inf"):

@@ -10,7 +10,8 @@ import pytest
 from jax import Array
 
 from kvjax.kernels.decode import Request, Tail, gpu, reference
-from kvjax.kernels.decode.gpu_schedule import Schedule, join, schedule
+from kvjax.kernels.decode.gpu_join import join
+from kvjax.kernels.decode.gpu_schedule import Schedule, bounds, schedule
 from kvjax.kernels.hopper import interpreter
 from kvjax.kernels.packing import pack, round_to_nearest
 from kvjax.kernels.vectors import Vectors
@@ -188,53 +189,64 @@ def test_no_races(kinds: tuple[str, str], capfd) -> None:
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
-def place(plan: Schedule, program: int, row: int) -> int:
+def shares(plan: Schedule) -> list[tuple[int, list[tuple[int, range]]]]:
+    """For each program where its share starts, and its rows with the blocks that it reads of each."""
+    programs, found = plan.first_row.shape[0], []
+    for program in range(programs):
+        begin, end = (int(x) for x in bounds(plan.offsets[-1], program, programs))
+        rows = []
+        for row in range(int(plan.first_row[program]), int(plan.last_row[program]) + 1):
+            low, high = (int(x) for x in plan.offsets[row : row + 2])
+            rows.append((row, range(max(begin, low) - low, min(end, high) - low)))
+        found.append((begin, rows))
+    return found
+
+
+def place(plan: Schedule, program: int, begin: int, row: int) -> int:
     """Which part a program writes of a row."""
-    begins = plan.offsets[row] >= plan.starts[program]
-    return row if begins else plan.offsets.shape[0] - 1 + program
+    return row if plan.offsets[row] >= begin else plan.offsets.shape[0] - 1 + program
 
 
 @pytest.mark.parametrize("programs", [1, 3, 7, 40])
 @pytest.mark.parametrize("lengths", [[0, 0, 0], [640, 0, 1], [1, 64, 65, 0, 1000, 0], [0, 0, 5000]])
 def test_shares_are_equal_and_cover_everything(lengths: list[int], programs: int) -> None:
     plan = schedule(-(-jnp.asarray(lengths, jnp.int32) // 64), programs)
-    seen, slots = [], []
-    for program in range(programs):
-        begin, end = int(plan.starts[program]), int(plan.starts[program + 1])
-        for row in range(int(plan.first_row[program]), int(plan.last_row[program]) + 1):
-            low, high = (int(x) for x in plan.offsets[row : row + 2])
-            seen += [(row, block - low) for block in range(max(begin, low), min(end, high))]
-            slots.append(place(plan, program, row))
+    seen, slots, sizes = [], [], []
+    for program, (begin, rows) in enumerate(shares(plan)):
+        blocks = [(row, block) for row, some in rows for block in some]
+        seen += blocks
+        sizes.append(len(blocks))
+        slots += [place(plan, program, begin, row) for row, some in rows if some]
     assert seen == [(row, block) for row, length in enumerate(lengths) for block in range(-(-length // 64))]
     assert len(set(slots)) == len(slots)
-    sizes = np.diff(plan.starts)
-    assert sizes.max() == -(-len(seen) // programs)
+    assert max(sizes) == -(-len(seen) // programs)
 
 
+@interpreted
 @pytest.mark.parametrize("programs", [1, 3, 7, 40])
 def test_join(programs: int) -> None:
     """A softmax in pieces is a softmax, whatever lies in slots that nobody wrote."""
     lengths = [700, 0, 1, 64, 130]
-    logits = [jax.random.normal(jax.random.key(n), (length,)) * 9 for n, length in enumerate(lengths)]
+    logits = [9 * jax.random.normal(jax.random.key(n), (length, 8)) for n, length in enumerate(lengths)]
+    values = [jax.random.normal(jax.random.key(9 + n), (length, 128)) for n, length in enumerate(lengths)]
     plan = schedule(-(-jnp.asarray(lengths, jnp.int32) // 64), programs)
     parts = programs + len(lengths)
-    out, top, total = np.full((parts, 1, 1), np.nan), np.full((parts, 1), np.nan), np.full((parts, 1), np.nan)
-    for program in range(programs):
-        begin, end = (int(x) for x in plan.starts[program : program + 2])
-        for row in range(int(plan.first_row[program]), int(plan.last_row[program]) + 1):
-            low, high = (int(x) for x in plan.offsets[row : row + 2])
-            x = np.asarray(logits[row])[(max(begin, low) - low) * 64 : (min(end, high) - low) * 64] * np.log2(np.e)
-            part = place(plan, program, row)
-            top[part] = x.max(initial=-1e30)
-            weights = np.exp2(x - top[part])
-            total[part], out[part] = weights.sum(), (weights * x).sum()
-    found, lse = join(*(jnp.asarray(x, jnp.float32) for x in (out, top, total)), plan)
-    for row, x in enumerate(logits):
+    out, sums = np.full((parts, 128, 8), np.nan), np.full((parts, 2, 8), np.nan)
+    for program, (begin, rows) in enumerate(shares(plan)):
+        for row, blocks in rows:
+            some = slice(blocks.start * 64, blocks.stop * 64)
+            x = np.asarray(logits[row])[some] * np.log2(np.e)
+            part = place(plan, program, begin, row)
+            sums[part, 0] = x.max(0, initial=-1e30)
+            weights = np.exp2(x - sums[part, 0])
+            sums[part, 1], out[part] = weights.sum(0), np.asarray(values[row])[some].T @ weights
+    found, lse = join(jnp.asarray(out, jnp.float32), jnp.asarray(sums, jnp.float32), plan, interpreter())
+    for row, (x, v) in enumerate(zip(logits, values, strict=True)):
         if not len(x):
-            assert found[row, 0, 0] == 0 and lse[row, 0] == np.float32(-1e30)
+            assert not found[row].any() and (lse[row] == np.float32(-1e30)).all()
             continue
-        np.testing.assert_allclose(lse[row, 0], jax.nn.logsumexp(x), rtol=1e-5)
-        np.testing.assert_allclose(found[row, 0, 0], (jax.nn.softmax(x) * x).sum() * np.log2(np.e), rtol=1e-5)
+        np.testing.assert_allclose(lse[row], jax.nn.logsumexp(x, axis=0), rtol=1e-5)
+        np.testing.assert_allclose(found[row], v.T @ jax.nn.softmax(x, axis=0), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(not old, reason="this JAX is new enough")

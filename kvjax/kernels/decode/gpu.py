@@ -1,7 +1,7 @@
 """Decode attention on NVIDIA Hopper GPUs, in Pallas' Mosaic GPU dialect.
 
-`gpu_schedule.py` divides the work, `gpu_kernel.py` does it, reading what `gpu_stored.py` knows; here a request becomes
-what the kernel reads. Nothing that is large is copied for that.
+`gpu_schedule.py` divides the work, `gpu_kernel.py` does it, reading what `gpu_stored.py` knows, and `gpu_join.py` joins
+the parts; here a request becomes what the kernel reads. Nothing that is large is copied for that.
 """
 
 import dataclasses
@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.kernels import choose
+from kvjax.kernels.decode.gpu_join import join
 from kvjax.kernels.decode.gpu_kernel import ROWS, Config, run, shared_memory
-from kvjax.kernels.decode.gpu_schedule import join, schedule
+from kvjax.kernels.decode.gpu_schedule import schedule
 from kvjax.kernels.decode.gpu_stored import merge_planes, refuse_vectors, side, sort_planes, views, weave
 from kvjax.kernels.decode.request import Request, Tail
 from kvjax.kernels.hopper import PROCESSORS, RESERVED, SHARED_MEMORY, interpreter
@@ -156,8 +157,8 @@ def attend(
     plan = schedule(blocks, config.programs)
     interpret = interpreter() if tuning.interpret is True else tuning.interpret or None
     out, sums = run(config, plan, arrays, interpret)
-    out, lse = join(out, sums[:, 0], sums[:, 1], plan)
-    out = out[:, :rows].reshape(batch, heads, rows, v.dim)
+    out, lse = join(out, sums, plan, interpret)
+    out = jnp.swapaxes(out, 1, 2)[:, :rows].reshape(batch, heads, rows, v.dim)
     lse = lse[:, :rows].reshape(batch, heads, rows)
     known = jnp.tile(request.q_pos >= 0, (1, rows // request.tokens))[:, None]
     out = jnp.where(known[..., None], merge_planes(out, config.v.planes), 0.0)
@@ -186,7 +187,7 @@ def _config(
         softcap=request.softcap,
     )
     if tuning.programs is None:
-        together = max(1, min(3, SHARED_MEMORY // (shared_memory(config) + RESERVED)))
+        together = max(1, min(4, SHARED_MEMORY // (shared_memory(config) + RESERVED)))
         config = dataclasses.replace(config, programs=PROCESSORS * together)
     return config
 

@@ -23,7 +23,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kvjax.kernels.decode.gpu_schedule import LOG2E, Schedule
+from kvjax.kernels.decode.gpu_schedule import LOG2E, Schedule, bounds
 from kvjax.kernels.decode.gpu_stored import (
     COPY,
     WIDTH,
@@ -115,7 +115,7 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
 
     Returns:
       Unnormalised outputs [R + programs, Dv, N], and maximum (base 2) and sum of weights [R + programs, 2, N], float32.
-      See `gpu_schedule.join`.
+      See `gpu_join.join`.
     """
     k, v, rows, block, piece, stages = config.k, config.v, config.rows, config.block, config.piece, config.stages
     bf16, f32 = jnp.bfloat16, jnp.float32
@@ -126,7 +126,7 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
 
     def body(inp: dict[str, Any], out: dict[str, Any], mem: dict[str, Any]) -> None:
         program = lax.axis_index("program")
-        begin, end = inp["starts"][program], inp["starts"][program + 1]
+        begin, end = bounds(inp["offsets"][total_rows], program, config.programs)
 
         def of_row(name: str, row: Array) -> Any:
             """Part of an input; several rows may share one."""
