@@ -116,7 +116,8 @@ def tune(case: Case, name: str, bandwidth: float) -> dict[str, Any] | None:
         new = [each for each in tried if tuple(each.items()) not in times]
         for each, seconds in zip(new, measure(module, case, new, bandwidth), strict=True):
             times[tuple(each.items())] = seconds
-            print(f"  {', '.join(f'{k}={v}' for k, v in each.items()) or 'as it is'}: {1e6 * seconds:,.1f} us", flush=True)
+            told = ", ".join(f"{name}={value}" for name, value in each.items())
+            print(f"  {told or 'as it is'}: {1e6 * seconds:,.1f} us", flush=True)
         best = min(tried, key=lambda each: times[tuple(each.items())])
     usual, seconds = times[()], times[tuple(best.items())]
     if seconds == float("inf"):

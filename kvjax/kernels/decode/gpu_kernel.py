@@ -307,7 +307,7 @@ def run(config: Config, plan: Schedule, arrays: dict[str, Array], interpret: Any
             def step(i: Array, state: State) -> State:
                 slot = lax.rem(i, jnp.int32(stages))
                 spans = find(row, length, low + i)
-                later = find(row, length, low + jnp.minimum(i + stages, steps - 1))  # Read early, because memory is far.
+                later = find(row, length, low + jnp.minimum(i + stages, steps - 1))  # Early, because memory is far.
                 plgpu.barrier_wait(mem["k_ready"].at[slot])
                 seen = occupied(spans, (block, rows))
                 if config.masked:
