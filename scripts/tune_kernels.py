@@ -3,8 +3,8 @@
     python scripts/tune_kernels.py                                   # all kinds of store, in about eight minutes
     python scripts/tune_kernels.py --kinds int8,kivi2 --dims 128 --contexts 32768
 
-For each kind of store, number of channels and context it goes through the options one after another (the block first),
-keeps the best value of each, and goes on with the next. An option that does not compile is left out. The table is
+For each kind of store, number of channels and context it times all combinations of the kernel's options; those that do
+not compile are left out. The table is
 `kvjax/kernels/tuned/<device>.json`, which is part of the package; `--out` names another folder, which the environment
 variable KVJAX_TUNED makes kernels read. Entries that are there already stay, unless they are measured anew; each is
 written as soon as it is found.
@@ -17,10 +17,12 @@ import dataclasses
 import datetime
 import importlib
 import inspect
+import itertools
 import json
+import os
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +30,14 @@ import jax
 from jax import Array
 
 from kvjax.evaluation import kernels
-from kvjax.evaluation.kernels import Case, Program
+from kvjax.evaluation.kernels import Case
 from kvjax.kernels import choose, tuning
 from kvjax.kernels.decode import Request
 
 ROOT = Path(__file__).parents[1]
 VALUES: Mapping[str, Mapping[str, Sequence[int]]] = {
     "tpu": {"block": (512, 1024, 2048, 4096, 8192), "splits": (1, 2)},
-    "gpu": {"block": (64, 128, 256), "stages": (2, 3, 4), "programs": (132, 264, 396, 528)},
+    "gpu": {"block": (64, 128), "stages": (2, 3, 4), "programs": (264, 396, 528)},
     "xla": {"block": (128, 256, 512, 1024, 2048, 4096)},
 }
 Options = dict[str, int]
@@ -106,43 +108,46 @@ def tune(case: Case, name: str, bandwidth: float) -> dict[str, Any] | None:
     if refused:
         print(f"{where}: {refused}", flush=True)
         return None
-    accepted = inspect.signature(module.decode).parameters
-    best: Options = {}
-    times: dict[tuple[tuple[str, int], ...], float] = {}
-    for option, values in VALUES[name].items():
-        if option not in accepted:
-            continue
-        tried = [best, *(best | {option: value} for value in values)]
-        new = [each for each in tried if tuple(each.items()) not in times]
-        for each, seconds in zip(new, measure(module, case, new, bandwidth), strict=True):
-            times[tuple(each.items())] = seconds
-            told = ", ".join(f"{name}={value}" for name, value in each.items())
-            print(f"  {told or 'as it is'}: {1e6 * seconds:,.1f} us", flush=True)
-        best = min(tried, key=lambda each: times[tuple(each.items())])
-    usual, seconds = times[()], times[tuple(best.items())]
+    candidates = every_option(VALUES[name], inspect.signature(module.decode).parameters)
+    times = measure(module, case, candidates, bandwidth)
+    for each, seconds in zip(candidates, times, strict=True):
+        print(f"  {in_words(each)}: {1e6 * seconds:,.1f} us", flush=True)
+    best = min(range(len(times)), key=times.__getitem__)
+    usual, seconds, options = times[0], times[best], candidates[best]
     if seconds == float("inf"):
         print(f"{where}: nothing compiles", flush=True)
         return None
-    print(f"{where}: {best or 'as it is'}, {1e6 * seconds:,.1f} us instead of {1e6 * usual:,.1f}", flush=True)
-    about = dataclasses.asdict(tuning.shape(request)) | {"options": best, "seconds": seconds, "untuned_seconds": usual}
+    print(f"{where}: {in_words(options)}, {1e6 * seconds:,.1f} us instead of {1e6 * usual:,.1f}", flush=True)
+    about = dataclasses.asdict(tuning.shape(request)) | {
+        "options": options,
+        "seconds": seconds,
+        "untuned_seconds": usual,
+    }
     return {"kernel": "decode" if name != "xla" else "decode xla", **about}
+
+
+def every_option(values: Mapping[str, Sequence[int]], accepted: Container[str]) -> list[Options]:
+    """All combinations of what a kernel accepts, after none."""
+    names = [name for name in values if name in accepted]
+    return [{}, *(dict(zip(names, each, strict=True)) for each in itertools.product(*(values[n] for n in names)))]
+
+
+def in_words(options: Options) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items()) or "as it is"
 
 
 def measure(module: Any, case: Case, candidates: Sequence[Options], bandwidth: float) -> list[float]:
     """Seconds per call under each candidate's options; infinite where it fails."""
-    programs = [program(module, case, each) for each in candidates]
+    usual = kernels.kernel_program(case)
+    programs = [dataclasses.replace(usual, run=runner(module, each)) for each in candidates]
     seconds = 0.01 if jax.default_backend() == "cpu" else 0.03
-    compiled = kernels.compile_all(programs, bandwidth, seconds, workers=8)
+    compiled = kernels.compile_all(programs, bandwidth, seconds, workers=os.cpu_count() or 1)
     return [kernels.time_one(one, bandwidth, repeats=5).get("seconds", float("inf")) for one in compiled]
 
 
-def program(module: Any, case: Case, options: Options) -> Program:
+def runner(module: Any, options: Options) -> Callable[[Array, Request], Array]:
     """The kernel itself: what a table says already has no say."""
-
-    def run(q: Array, request: Request) -> Array:
-        return module.decode(dataclasses.replace(request, q=q), **options).out
-
-    return dataclasses.replace(kernels.kernel_program(case), run=run)
+    return lambda q, request: module.decode(dataclasses.replace(request, q=q), **options).out
 
 
 def merge(entries: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> list[Mapping[str, Any]]:

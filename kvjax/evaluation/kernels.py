@@ -16,7 +16,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -297,14 +297,17 @@ class Compiled:
         return None if memory is None else memory.temp_size_in_bytes
 
 
-def compile_program(program: Program, bandwidth: float, seconds: float) -> Compiled:
-    """For a loop of about so many seconds, if it reads at `bandwidth` bytes per second."""
+def compile_make(program: Program) -> Any:
+    """What draws queries and stores."""
+    return jax.jit(program.make).lower(SEED).compile()
+
+
+def compile_loop(program: Program, bandwidth: float, seconds: float) -> tuple[Any, int]:
+    """A loop of about so many seconds, if it reads at `bandwidth` bytes per second, and its steps."""
     steps = round(seconds * bandwidth / (program.copies * max(program.nbytes, 1)))
     steps = min(max(steps, 2), 2000)
     q, data = jax.eval_shape(program.make, SEED)
-    make = jax.jit(program.make).lower(SEED).compile()
-    loop = jax.jit(looped(program.run, steps)).lower(q, (data,) * program.copies).compile()
-    return Compiled(program, make, loop, steps)
+    return jax.jit(looped(program.run, steps)).lower(q, (data,) * program.copies).compile(), steps
 
 
 def seconds_per_call(compiled: Compiled, repeats: int = 5) -> float:
@@ -391,14 +394,17 @@ def compile_all(
 ) -> list[Compiled | Exception]:
     """Compiles in parallel; a program that cannot be is replaced by what it raised."""
 
-    def one(program: Program) -> Compiled | Exception:
+    with ThreadPoolExecutor(workers) as pool:
+        makes = {program.make: pool.submit(compile_make, program) for program in programs}  # Some share one.
+        loops = [pool.submit(compile_loop, program, bandwidth, seconds) for program in programs]
+
+    def one(program: Program, loop: Future[tuple[Any, int]]) -> Compiled | Exception:
         try:
-            return compile_program(program, bandwidth, seconds)
+            return Compiled(program, makes[program.make].result(), *loop.result())
         except Exception as error:  # Compilers of kernels raise of everything; the other cases still count.
             return error
 
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(one, programs))
+    return [one(program, loop) for program, loop in zip(programs, loops, strict=True)]
 
 
 def time_one(compiled: Compiled | Exception, bandwidth: float, repeats: int) -> Row:

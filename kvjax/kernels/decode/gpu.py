@@ -5,6 +5,7 @@ the parts; here a request becomes what the kernel reads. Nothing that is large i
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -154,15 +155,19 @@ def attend(
     if config.masked or config.tail:
         q_pos = jnp.tile(request.q_pos, (1, rows // request.tokens))
         arrays["q_pos"] = pad(q_pos[..., None], -1)[..., 0]
-    plan = schedule(blocks, config.programs)
-    interpret = interpreter() if tuning.interpret is True else tuning.interpret or None
-    out, sums = run(config, plan, arrays, interpret)
-    out, lse = join(out, sums, plan, interpret)
+    out, lse = _solve(config, interpreter() if tuning.interpret is True else tuning.interpret or None, blocks, arrays)
     out = jnp.swapaxes(out, 1, 2)[:, :rows].reshape(batch, heads, rows, v.dim)
     lse = lse[:, :rows].reshape(batch, heads, rows)
     known = jnp.tile(request.q_pos >= 0, (1, rows // request.tokens))[:, None]
     out = jnp.where(known[..., None], merge_planes(out, config.v.planes), 0.0)
     return Part(out=out, lse=jnp.where(known, lse, NEG))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))  # Layers are alike: traced and lowered once for all of them.
+def _solve(config: Config, interpret: Any, blocks: Array, arrays: dict[str, Array]) -> tuple[Array, Array]:
+    plan = schedule(blocks, config.programs)
+    out, sums = run(config, plan, arrays, interpret)
+    return join(out, sums, plan, interpret)
 
 
 def _config(

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kvjax.kernels.decode.gpu_schedule import LOG2E, Schedule, share_of
-from kvjax.kernels.decode.gpu_stored import wide
+from kvjax.kernels.decode.gpu_stored import aligned, wide
 from kvjax.kernels.parts import NEG
 
 CHANNELS = 64  # The fewest that a tile of the tensor cores' layout has.
@@ -44,7 +44,7 @@ def join(out: Array, sums: Array, plan: Schedule, interpret: Any = None) -> tupl
             part = jnp.where(jnp.int32(i) == 0, row, total_rows + first + i)
             ready = mem["ready"].at[slot]
             plgpu.copy_gmem_to_smem(parts.at[part, pl.ds(channels * CHANNELS, CHANNELS)], mem["out"].at[slot], ready)
-            plgpu.copy_gmem_to_smem(tops.at[part], mem["sums"].at[slot], ready)
+            plgpu.copy_gmem_to_smem(tops.at[part], mem["sums"].at[slot, pl.ds(0, 2)], ready)
 
         for stage in range(STAGES):
             pl.when(stage < number)(lambda stage=stage: fetch(stage, stage))
@@ -75,11 +75,11 @@ def join(out: Array, sums: Array, plan: Schedule, interpret: Any = None) -> tupl
     whole, lse = plgpu.kernel(
         kernel,
         out_type=[jax.ShapeDtypeStruct((total_rows, dim, rows), f32), jax.ShapeDtypeStruct((total_rows, rows), f32)],
-        grid=(total_rows, dim // CHANNELS),
-        grid_names=("row", "channels"),
+        grid=(dim // CHANNELS, total_rows),
+        grid_names=("channels", "row"),
         scratch_types={
             "out": plgpu.SMEM((STAGES, CHANNELS, rows), f32),
-            "sums": plgpu.SMEM((STAGES, 2, rows), f32),
+            "sums": plgpu.SMEM((STAGES, aligned(2 * rows, f32) // rows, rows), f32),
             "joined": plgpu.SMEM((CHANNELS, rows), f32),
             "log": plgpu.SMEM((rows,), f32),
             "ready": plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),

@@ -53,4 +53,4 @@ def share_of(total: Any, programs: int) -> Any:
 
 def owner(offsets: Array, blocks: Array) -> Array:
     """Whose blocks these are: the last that starts at or before each of them."""
-    return (offsets <= blocks[:, None]).sum(1, initial=-1, dtype=jnp.int32)
+    return (offsets <= blocks[:, None]).sum(1, dtype=jnp.int32) - 1

@@ -249,8 +249,11 @@ def pick(ref: Any, places: Places, axis: int, interpret: Any) -> Array:
             places = [place(arith.addi(at, index(i))) for i in range(dialect.vector_length)]
             elements = [memref.load(vector, [one]) for one in places]
             registers.append(mlir_vector.from_elements(ir.VectorType.get((len(elements),), kind), elements))
-        shape = dialect.registers_shape((size,))
-        return mosaic.FragmentedArray(_registers=np.array(registers).reshape(shape), _layout=dialect, _is_signed=None)
+        return mosaic.FragmentedArray(
+            _registers=np.array(registers).reshape(dialect.registers_shape((size,))),
+            _layout=dialect,
+            _is_signed=True if jnp.issubdtype(ref.dtype, jnp.integer) else None,
+        )
 
     return typing.cast(Callable[[Any], Array], load)(ref)
 
