@@ -1,6 +1,8 @@
 """docs/add_a_method.md is run as it stands: a method of one's own by copy and paste, and the contract holds for it."""
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -17,10 +19,12 @@ ORACLE, METHOD, COMPARISON, USE = re.findall(r"```python\n(.*?)```", PAGE, re.DO
 
 
 @pytest.fixture
-def page():
-    """What the page has defined; the registry is as before afterwards."""
+def page(monkeypatch):
+    """What the page has defined, its oracle as a module; the registry is as before afterwards."""
+    oracle = types.ModuleType("tests.oracles.vatp")
+    exec(ORACLE, vars(oracle))
+    monkeypatch.setitem(sys.modules, oracle.__name__, oracle)
     names: dict = {"__name__": "vatp"}
-    exec(ORACLE, names)
     exec(METHOD, names)
     yield names
     registry._METHODS.pop("vatp")
@@ -51,7 +55,7 @@ def test_a_budget_of_everything_is_full_attention(page):
 
 
 def test_it_answers_on_the_house_model(page, capsys):
-    exec("import kvjax\n" + USE, page)
+    exec(USE, page)
     assert "48151" in capsys.readouterr().out
 
 

@@ -1,12 +1,17 @@
 """The command as people run it: in a process of its own, with what it prints and its exit code."""
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import rich.console
+
+from kvjax.commands import options
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "tests" / "data" / "families" / "gemma3")  # Random weights, 128 tokens, no tokenizer.
@@ -109,7 +114,7 @@ def test_on_a_mesh(rows, tmp_path, monkeypatch):
         (["compare", "--policies", "snapkv(0.25); snapk(0.5)"], "Unknown method 'snapk'"),
         (["compare", "--policies", "snapkv(0.25, windw=3)"], "no parameter 'windw'"),
         (["compare", "--policies", "kivi | snapkv(0.25)"], "evict first"),
-        (["compare", "--task", "needles"], "no task 'needles'"),
+        (["compare", "--task", "needles"], "no task 'needles' and no file of that name; did you mean needle? A task"),
         (["compare", "--model", "gemma3-270"], "Did you mean gemma3-270m"),
         (["compare", "--model", TINY], "has no tokenizer"),
         (["compare", "--out", "/proc/nowhere"], "Cannot write to the folder /proc/nowhere"),
@@ -205,3 +210,12 @@ def test_the_doctor_knows_what_is_wrong():
         if os_settings is not None:
             os.environ["JAX_PLATFORMS"] = os_settings
     assert len(found) == 2 and 'pip install "kvjax[gpu]"' in found[0] and 'pip install "kvjax[tpu]"' in found[1]
+
+
+def test_progress_keeps_its_numbers_in_a_narrow_terminal(monkeypatch):
+    written = io.StringIO()
+    console = rich.console.Console(width=80, file=written, force_terminal=True, color_system=None)
+    monkeypatch.setattr(options, "notes", console)
+    with options.progress_bar("leaderboard_tiny") as advance:
+        advance(624, 840, "niah_multikey_1-1020-agnostic: snapkv('25%B') | kivi(bits=4)")
+    assert re.search(r"624/840 \d:\d\d:\d\d left \S+ niah_multikey.*…", written.getvalue()), written.getvalue()

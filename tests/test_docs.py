@@ -34,6 +34,24 @@ def test_first_lines_of_the_readme_run(gemma, monkeypatch, capsys):
     monkeypatch.setattr(kvjax, "load", lambda name: gemma)
     exec(code_blocks("python")[0], {})
     size, answers = capsys.readouterr().out.split("\n", 1)
+    assert size + ":" in code_blocks("python")[0]  # The comment behind it says what is printed.
     compressed, full = (int(word.replace(",", "")) for word in re.findall(r"[\d,]+", size))
     assert compressed < 0.8 * full
     assert answers.strip()
+
+
+@pytest.mark.slow
+def test_all_python_of_the_readme_runs(monkeypatch, capsys):
+    """On the house model; the last block in a Python of its own, as it says."""
+    monkeypatch.chdir(ROOT)
+    tiny = kvjax.load("tiny")
+    monkeypatch.setattr(kvjax, "load", lambda name: tiny)
+    *first, last = code_blocks("python")
+    first[0] = first[0].replace("read_text()", "read_text()[:2000]")  # What this model can read.
+    names: dict = {}
+    for block in first:
+        exec(block, names)
+    assert [len(cache.layers) for cache in names["caches"]] == 2 * [tiny.config.num_layers]
+    capsys.readouterr()
+    exec(last, {})
+    assert capsys.readouterr().out.strip()

@@ -58,7 +58,7 @@ def commands() -> list[tuple[str, str]]:
     """(page, command) of every call of `kvjax` in a block for the shell."""
     lines = [
         (page, line)
-        for page in PAGES
+        for page in ["../README.md", *PAGES]
         for language, content in blocks(page)
         if language == "bash"
         for line in content.replace("\\\n", " ").splitlines()

@@ -40,7 +40,8 @@ def load_checkpoint(
         is corrupt, or its model is not supported.
     """
     name, path = os.fspath(name_or_path), pathlib.Path(name_or_path).expanduser()
-    if path.is_file() or path.is_dir():
+    packaged = name in BUNDLED or name in PACKAGES
+    if path.is_file() or (path.is_dir() and not (packaged and _holds_no_model(path))):
         return _load_path(path, dtype)
     if name in BUNDLED:
         return _load_folder(BUNDLED[name], dtype)
@@ -64,6 +65,11 @@ def _load_folder(folder: pathlib.Path, dtype: Any) -> tuple[dict[str, Any], Conf
     """A Hugging Face folder, with what methods have trained for its model if it holds that too."""
     params, config, tokenizer = huggingface.load(folder, _or_default(dtype))
     return with_trained(params, config, folder), config, tokenizer
+
+
+def _holds_no_model(folder: pathlib.Path) -> bool:
+    """A folder of something else that happens to have a packaged model's name, such as its figures."""
+    return not any([*folder.glob("config.json"), *folder.glob("structure"), *folder.glob("*.gguf")])
 
 
 def _load_path(path: pathlib.Path, dtype: Any) -> tuple[dict[str, Any], Config, Tokenizer | None]:

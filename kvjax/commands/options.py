@@ -95,15 +95,24 @@ def cache_compilations() -> None:
 def progress_bar(what: str) -> Iterator[Any]:
     """A progress bar on stderr; yields `advance(done, total, text)`."""
     from rich import progress
+    from rich.table import Column
+
+    class Last(progress.TextColumn):
+        """Gives way, with the bar, where the terminal is narrow; numbers do not."""
+
+        def render(self, task: Any) -> Any:
+            text = super().render(task)
+            text.no_wrap, text.overflow = True, "ellipsis"
+            return text
 
     columns = (
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
+        progress.MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        progress.TimeElapsedColumn(table_column=Column(no_wrap=True)),
         progress.TextColumn("left"),
-        progress.TimeRemainingColumn(),
-        progress.TextColumn("{task.fields[last]}", style="dim"),
+        progress.TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        Last("{task.fields[last]}", style="dim", table_column=Column()),
     )
     with progress.Progress(*columns, console=notes, transient=True, speed_estimate_period=600) as bar:
         task = bar.add_task(what, total=None, last="compiling; the first sample takes longest")

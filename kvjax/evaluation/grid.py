@@ -145,6 +145,8 @@ def read_grid(path: pathlib.Path) -> Grid:
     """
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise GridError(f"Cannot read the grid {path}: there is no such file.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise GridError(f"Cannot read the grid {path}: {error}") from None
     return make_grid(given, path.stem, str(path))

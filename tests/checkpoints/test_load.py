@@ -139,3 +139,14 @@ def test_cache_dir(monkeypatch):
     assert packaged.cache_dir() == Path("/somewhere/kvjax")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert packaged.cache_dir() == Path.home() / ".cache" / "kvjax"
+
+
+def test_a_folder_of_figures_does_not_hide_a_packaged_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "pareto.png").touch()
+    params, config, tokenizer = load_checkpoint("tiny")
+    assert params and config.num_layers == 6 and tokenizer
+    (tmp_path / "tiny" / "config.json").write_text("{}")  # A model after all, and a broken one.
+    with pytest.raises(CheckpointError):
+        load_checkpoint("tiny")

@@ -112,8 +112,8 @@ def _from_file(name: str, given: Mapping[str, Any]) -> Task:
         if members := groups().get(name):
             raise ValueError(f"{name} is a group of tasks: {', '.join(members)}. Name one of them.")
         raise ValueError(
-            f"There is no task {name!r} and no file of that name{_meant(name, [*TASKS, *groups()])}. A task is a file "
-            f"of JSON lines, or {', '.join(TASKS)}."
+            f"There is no task {name!r} and no file of that name{_meant(name, [*TASKS, *groups()]) or '.'} A task "
+            "is a file of JSON lines or has a name; `kvjax tasks` lists all names."
         )
     if wrong := [key for key in given if key not in ("count", "seed")]:
         raise ValueError(f"The rows of {name} are what they are; leave {' and '.join(wrong)} out.")
