@@ -40,14 +40,15 @@ def main() -> int:
     for name in options.checks.split(","):
         start = time.perf_counter()
         command = [sys.executable, __file__, "--only", name, "--context", str(options.context)]
-        done = subprocess.run(
-            [*command, "--heads", str(options.heads), "--layers", str(options.layers), "--batch", str(options.batch)],
-            capture_output=True,
-            text=True,
-            timeout=options.timeout,
-        )
+        sizes = ["--heads", str(options.heads), "--layers", str(options.layers), "--batch", str(options.batch)]
+        try:
+            done = subprocess.run([*command, *sizes], capture_output=True, text=True, timeout=options.timeout)
+        except subprocess.TimeoutExpired:
+            print(f"--- {name}: FAILED, no end in {options.timeout:.0f} s", flush=True)
+            failed.append(name)
+            continue
         print(f"--- {name}: {'ok' if done.returncode == 0 else 'FAILED'} in {time.perf_counter() - start:.0f} s")
-        print(done.stdout, end="")
+        print(done.stdout, end="", flush=True)
         if done.returncode:
             failed.append(name)
             print(done.stderr[-3000:], flush=True)
@@ -239,7 +240,8 @@ def check_extend(options: argparse.Namespace) -> None:
     question = tokens[:, :16]
     (found, after), (want, _) = (kvjax.extend(params, config, policy, cache, question) for cache in (host, device))
     assert_on_host(after)
-    np.testing.assert_allclose(found, want, rtol=0, atol=1e-5 + 0.01 * (found.dtype == "bfloat16"))
+    exact = params["embed"].dtype == "float32"  # Whoever gathers, sums are taken in another order.
+    np.testing.assert_allclose(found, want, rtol=0, atol=1e-5 if exact else 0.02 * np.abs(np.asarray(want)).max())
     print(f"largest difference of logits: {np.abs(np.asarray(found) - np.asarray(want)).max():.2e}")
 
 

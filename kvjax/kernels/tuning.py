@@ -82,6 +82,8 @@ def table(device: str, extra: str | None) -> tuple[Mapping[str, Any], ...]:
 def tuned(kernel: str, wanted: Shape, device: str | None = None) -> dict[str, Any]:
     """Options measured for the nearest shape: same kernel, kind and channels, then the nearest slots and rows.
 
+    Those with a block of more slots than there are do not count.
+
     Returns:
       Keyword arguments of the kernel; empty where nothing was measured, which leaves the choice to its heuristic.
     """
@@ -90,6 +92,7 @@ def tuned(kernel: str, wanted: Shape, device: str | None = None) -> dict[str, An
         entry
         for entry in table(device, os.environ.get(VARIABLE))
         if (entry["kernel"], entry["kind"], entry["dim"]) == (kernel, wanted.kind, wanted.dim)
+        and entry["options"].get("block", 0) <= wanted.slots
     ]
     if not same:
         return {}

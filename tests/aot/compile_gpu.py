@@ -67,6 +67,7 @@ def paged_cases() -> dict[str, PagedRequest]:
         "Quest": paged_request("bfloat16", page=16, m=128),
         "Quest, int8": paged_request("int8", page=16, m=128),
         "Quest, 4-bit": paged_request("4 token 32 float16", page=16, m=128),
+        "Quest, int8 by position": paged_request("int8", page=16, m=128, t=2, pos=True),
         "KIVI in pages of 32": paged_request(*KINDS["KIVI, 2-bit"], page=32),
         "pages of bfloat16, D = 64": paged_request("bfloat16", d=64),
         "pages of 8": paged_request("bfloat16", page=8, m=128),

@@ -147,6 +147,7 @@ def test_tuned_options_come_from_the_nearest_measured_shape(tmp_path, monkeypatc
 
     assert tuned(slots=8192) == {"block": 512}
     assert tuned(slots=100_000) == {"block": 2048}
+    assert tuned(slots=511) == {}, "no block has more slots than there are"
     assert tuned(slots=8192, dim=64) == {} and tuned(slots=8192, kind="bfloat16") == {}
     (tmp_path / tuning.file_name("TPU v8")).write_text(json.dumps({"rows": []}))
     with pytest.raises(ValueError, match="tpu_v8.json is no table"):

@@ -53,4 +53,5 @@ def share_of(total: Any, programs: int) -> Any:
 
 def owner(offsets: Array, blocks: Array) -> Array:
     """Whose blocks these are: the last that starts at or before each of them."""
+    # Not `sum(initial=-1)`, which JAX before 0.12 takes for a sum from zero.
     return (offsets <= blocks[:, None]).sum(1, dtype=jnp.int32) - 1
