@@ -341,7 +341,7 @@ def keep(folder: Path, name: str, trees: Row) -> None:
     import numpy as np
 
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = {
+    arrays: dict[str, Any] = {
         f"{which}{jax.tree_util.keystr(path)}": np.asarray(leaf, np.float32)
         for which, tree in trees.items()
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
