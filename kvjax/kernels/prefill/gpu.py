@@ -94,6 +94,7 @@ def prefill(request: Request, *, interpret: Any = None) -> Prefill:
     )
 
 
+@functools.partial(jax.jit, static_argnums=(6, 7, 8))  # Layers are alike: traced and lowered once for all of them.
 def _flash(
     q: Array, low: Array, high: Array, k: Array, v: Array, place: Array, softcap: float, entropy: bool, interpret: Any
 ) -> tuple[Part, Array]:
@@ -219,6 +220,7 @@ def _flash(
     return Part(out=out, lse=lse), mean / LOG2E
 
 
+@functools.partial(jax.jit, static_argnums=(7, 8))
 def _columns(
     q: Array,
     low: Array,
