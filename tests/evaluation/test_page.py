@@ -218,7 +218,8 @@ def test_report(tmp_path):
     out, figures = tmp_path / "page.html", tmp_path / "figures"
     done = CliRunner().invoke(app, ["report", str(RUN), "--out", str(out), "--figures", str(figures)])
     assert done.exit_code == 0, done.output
-    assert inlined(out.read_text(encoding="utf-8"))["title"] == "The house model, squeezed"
+    data = inlined(out.read_text(encoding="utf-8"))
+    assert data["title"] == "The house model, squeezed"
     stems = {path.stem for path in figures.iterdir()}
     assert stems >= {
         "pareto-bytes",
@@ -236,7 +237,11 @@ def test_report(tmp_path):
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     for path in figures.glob("*.svg"):
         assert ElementTree.parse(path).getroot().tag.endswith("svg")
-    assert "streaming_llm" in (figures / "pareto-bytes.svg").read_text(encoding="utf-8")
+    for stem in ("pareto-bytes", "pareto-speed"):
+        texts = [
+            "".join(x.itertext()) for x in ElementTree.parse(figures / f"{stem}.svg").iter() if x.tag.endswith("text")
+        ]
+        assert {policy["name"] for policy in data["policies"]} <= set(texts), "every point has its name"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 

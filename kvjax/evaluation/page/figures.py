@@ -1,5 +1,6 @@
 """The page's figures as files, SVG and PNG, drawn from the page's data for papers and slides."""
 
+import itertools
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from kvjax.evaluation.page.data import ANY, COLUMNS, LEVELS, unpack
 from kvjax.evaluation.report import pareto_front
@@ -109,30 +111,53 @@ def _pareto(
     axes.tick_params(axis="x", which="minor", labelsize=7.5)
     axes.grid(True, color=LINE, lw=0.7)
     axes.margins(0.14, 0.1)
-    _label(figure, axes, points, [names[row[0]] for row in rows])
+    steps = [((a[0], a[1]), (b[0], a[1])) for a, b in itertools.pairwise(points[i] for i in front)]
+    line = [point for step in steps for point in step] + [points[front[-1]]]
+    _label(figure, axes, points, [names[row[0]] for row in rows], line)
     return figure
 
 
-def _label(figure: Figure, axes: Any, points: Sequence[tuple[float, float]], names: list[str]) -> None:
-    """Names beside their points, where that place is free: right, left, above or below; the others go without."""
+ASIDE = [(7, 0, "left", "center"), (-7, 0, "right", "center"), (0, 7, "center", "bottom"), (0, -7, "center", "top")]
+ASIDE += [(5, 5, "left", "bottom"), (5, -5, "left", "top"), (-5, 5, "right", "bottom"), (-5, -5, "right", "top")]
+
+
+def _label(
+    figure: Figure,
+    axes: Any,
+    points: Sequence[tuple[float, float]],
+    names: list[str],
+    line: Sequence[tuple[float, float]],
+) -> None:
+    """Names beside their points where that place is free, best not on the line; else farther off, with a leader."""
     figure.draw_without_rendering()
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    places = [
-        (7, 0, "left", "center"),
-        (-7, 0, "right", "center"),
-        (0, 7, "center", "bottom"),
-        (0, -7, "center", "top"),
-    ]
     taken = [axes.transData.transform(point) for point in points]
+    ends = [axes.transData.transform(point) for point in line]
+    along = [a + (b - a) * t for a, b in itertools.pairwise(ends) for t in np.linspace(0, 1, 60)]
+    far = [(3 * dx, 3 * dy, ha, va) for dx, dy, ha, va in ASIDE]
+    tries = [(place, taken + along) for place in ASIDE] + [(place, taken) for place in ASIDE]
+    tries += [(place, taken + along) for place in far] + [(place, taken) for place in far]
     boxes: list[Any] = []
     for point, name in zip(points, names, strict=True):
-        for dx, dy, ha, va in places:
+        for place, obstacles in tries:
+            dx, dy, ha, va = place
             text = axes.annotate(
-                name, point, (dx, dy), textcoords="offset points", ha=ha, va=va, fontsize=7.5, annotation_clip=False
+                name,
+                point,
+                (dx, dy),
+                textcoords="offset points",
+                ha=ha,
+                va=va,
+                fontsize=7.5,
+                annotation_clip=False,
+                arrowprops={"arrowstyle": "-", "color": LINE, "lw": 0.8, "shrinkB": 3} if place in far else None,
             )
-            box = text.get_window_extent(renderer)
-            inside = axes.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
-            if inside and not any(box.overlaps(b) for b in boxes) and not any(box.contains(*p) for p in taken):
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text, renderer)  # Without the leader.
+            inside = figure.bbox.contains(box.x0, box.y0) and figure.bbox.contains(box.x1, box.y1)
+            around = box.padded(2.5 * figure.dpi / 72)  # Points have a size.
+            free = not any(box.overlaps(b) for b in boxes) and not any(around.contains(*p) for p in obstacles)
+            if inside and axes.bbox.x0 <= box.x0 and axes.bbox.y0 <= box.y0 and free:
                 boxes.append(box)
                 text.set_in_layout(False)
                 break
