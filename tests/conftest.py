@@ -21,6 +21,13 @@ import pytest
 
 # Sharded code is tested on any machine. Not by XLA_FLAGS, which the commands that tests start would inherit.
 jax.config.update("jax_num_cpu_devices", 8)
+# XLA reads its flags once, before it first compiles; for the commands that tests start they are as they were. Its older
+# emitters, which JAX 0.11 has no longer, compile in half the time; what they compile is run once.
+flags = ["--xla_cpu_parallel_codegen_split_count=1"]
+flags += ["--xla_cpu_use_fusion_emitters=false"] if jax.__version_info__ < (0, 11) else []
+with pytest.MonkeyPatch.context() as environment:
+    environment.setenv("XLA_FLAGS", " ".join([os.environ.get("XLA_FLAGS", ""), *flags]))
+    jax.jit(lambda: 0)()
 # The first example of a property compiles, so no example has a deadline.
 hypothesis.settings.register_profile("kvjax", deadline=None)
 hypothesis.settings.load_profile("kvjax")
