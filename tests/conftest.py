@@ -19,14 +19,13 @@ import jax
 import numpy as np
 import pytest
 
+from tests import quick
+
 # Sharded code is tested on any machine. Not by XLA_FLAGS, which the commands that tests start would inherit.
 jax.config.update("jax_num_cpu_devices", 8)
-# XLA reads its flags once, before it first compiles; for the commands that tests start they are as they were. Its older
-# emitters, which JAX 0.11 has no longer, compile in half the time; what they compile is run once.
-flags = ["--xla_cpu_parallel_codegen_split_count=1"]
-flags += ["--xla_cpu_use_fusion_emitters=false"] if jax.__version_info__ < (0, 11) else []
+# Flags are read now; the commands that tests start inherit them where the test says so.
 with pytest.MonkeyPatch.context() as environment:
-    environment.setenv("XLA_FLAGS", " ".join([os.environ.get("XLA_FLAGS", ""), *flags]))
+    environment.setenv("XLA_FLAGS", quick.ENVIRONMENT["XLA_FLAGS"])
     jax.jit(lambda: 0)()
 # The first example of a property compiles, so no example has a deadline.
 hypothesis.settings.register_profile("kvjax", deadline=None)
@@ -38,9 +37,9 @@ def pytest_runtest_setup(item):
         if item.get_closest_marker(kind) and jax.default_backend() != kind:
             pytest.skip(f"needs a {kind.upper()}")
     # On tiny shapes it takes longer to optimize a program than that saves. Commands that tests start optimize as ever.
-    quick = jax.default_backend() == "cpu" and not item.get_closest_marker("optimized")
-    if quick != jax.config.read("jax_disable_most_optimizations"):
-        jax.config.update("jax_disable_most_optimizations", quick)
+    quickly = jax.default_backend() == "cpu" and not item.get_closest_marker("optimized")
+    if quickly != jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", quickly)
         jax.clear_caches()
 
 
