@@ -13,6 +13,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
     os.environ.get("PYTEST_XDIST_WORKER", ""),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # Its other threads wait by spinning, and take time from workers.
 
 import hypothesis
 import jax
@@ -41,6 +42,10 @@ def pytest_runtest_setup(item):
     if quickly != jax.config.read("jax_disable_most_optimizations"):
         jax.config.update("jax_disable_most_optimizations", quickly)
         jax.clear_caches()
+
+
+def pytest_collection_finish(session):
+    gc.freeze()  # What was imported and collected stays: else every collection of garbage looks at all of it.
 
 
 # Every compiled function holds memory maps, of which a process may have 65,530: too many end in a crash. Below that,
