@@ -160,7 +160,7 @@ def run_layers(
 ) -> tuple[Array, tuple[Any, ...], Any]:
     """All layers, each with its state; `shared` goes from one to the next.
 
-    Stacked params (see `stack_layers`) run under `lax.scan` where a run has several layers and their states are alike too.
+    Stacked params (see `stack_layers`) run under `lax.scan` where a run has several layers whose states are alike.
     """
     if len(params["layers"]) == config.num_layers:
         run = [(i,) for i in range(config.num_layers)]
