@@ -77,11 +77,11 @@ def observed(model):
 
 
 @pytest.fixture(scope="module")
-def full_answers(model, stacked) -> np.ndarray:
-    """Logits of the questions after the full cache."""
+def full_answers(model) -> np.ndarray:
+    """Logits of the questions after the full cache, layers apart."""
     policy, (tokens, question) = kvjax.policy("full"), text(model)
     cache = kvjax.prefill(model.params, model.config, policy, tokens, LENGTHS)
-    return ask(stacked, model.config, policy, cache, question)[0]
+    return ask(model.params, model.config, policy, cache, question)[0]
 
 
 def skip_single_heads(model: kvjax.Model, policy: kvjax.Policy) -> None:
