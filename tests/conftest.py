@@ -37,7 +37,7 @@ def pytest_runtest_setup(item):
     for kind in ("gpu", "tpu"):
         if item.get_closest_marker(kind) and jax.default_backend() != kind:
             pytest.skip(f"needs a {kind.upper()}")
-    # On tiny shapes it takes longer to optimize a program than that saves. Commands that tests start optimize as ever.
+    # On tiny shapes it takes longer to optimize a program than that saves; `quick` is for commands that they start.
     quickly = jax.default_backend() == "cpu" and not item.get_closest_marker("optimized")
     if quickly != jax.config.read("jax_disable_most_optimizations"):
         jax.config.update("jax_disable_most_optimizations", quickly)
