@@ -13,14 +13,21 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
     os.environ.get("PYTEST_XDIST_WORKER", ""),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # Its other threads wait by spinning, and take time from workers.
 
 import hypothesis
 import jax
 import numpy as np
 import pytest
 
+from tests import quick
+
 # Sharded code is tested on any machine. Not by XLA_FLAGS, which the commands that tests start would inherit.
 jax.config.update("jax_num_cpu_devices", 8)
+# Flags are read now; the commands that tests start inherit them where the test says so.
+with pytest.MonkeyPatch.context() as environment:
+    environment.setenv("XLA_FLAGS", quick.ENVIRONMENT["XLA_FLAGS"])
+    jax.jit(lambda: 0)()
 # The first example of a property compiles, so no example has a deadline.
 hypothesis.settings.register_profile("kvjax", deadline=None)
 hypothesis.settings.load_profile("kvjax")
@@ -30,11 +37,15 @@ def pytest_runtest_setup(item):
     for kind in ("gpu", "tpu"):
         if item.get_closest_marker(kind) and jax.default_backend() != kind:
             pytest.skip(f"needs a {kind.upper()}")
-    # On tiny shapes it takes longer to optimize a program than that saves. Commands that tests start optimize as ever.
-    quick = jax.default_backend() == "cpu" and not item.get_closest_marker("optimized")
-    if quick != jax.config.read("jax_disable_most_optimizations"):
-        jax.config.update("jax_disable_most_optimizations", quick)
+    # On tiny shapes it takes longer to optimize a program than that saves; `quick` is for commands that they start.
+    quickly = jax.default_backend() == "cpu" and not item.get_closest_marker("optimized")
+    if quickly != jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", quickly)
         jax.clear_caches()
+
+
+def pytest_collection_finish(session):
+    gc.freeze()  # What was imported and collected stays: else every collection of garbage looks at all of it.
 
 
 # Every compiled function holds memory maps, of which a process may have 65,530: too many end in a crash. Below that,

@@ -13,13 +13,15 @@ import rich.console
 
 from kvjax.commands import options
 
+from tests import quick
+
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "tests" / "data" / "families" / "gemma3")  # Random weights, 128 tokens, no tokenizer.
 
 
 def kvjax(*args: str, folder: Path = ROOT, stdin: str = "") -> subprocess.CompletedProcess:
-    settings = {"COLUMNS": "200", "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # It compiles quickly.
-    environment = os.environ | settings | {"PYTHONPATH": str(ROOT)}
+    settings = {"COLUMNS": "200", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | settings | quick.ENVIRONMENT
     return subprocess.run(
         [sys.executable, "-m", "kvjax", *args], cwd=folder, env=environment, capture_output=True, text=True, input=stdin
     )

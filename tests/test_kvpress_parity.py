@@ -21,12 +21,13 @@ import pytest
 
 import kvjax
 from kvjax.generation.extend import extend_hidden, with_room
+from kvjax.models import stack_layers
 from kvjax.models.transformer import unembed
 from kvjax.policies import Evict, Needs, Policy
 from kvjax.policies.budget import np_like
 from kvjax.policies.score import Chance
 
-pytestmark = [pytest.mark.slow, pytest.mark.optimized]
+pytestmark = pytest.mark.slow
 DATA = json.loads((Path(__file__).parent / "data" / "needles_gemma3_270m.json").read_text())
 PROMPTS = DATA["niah"][: int(os.environ.get("KVJAX_PARITY_PROMPTS", "2"))]
 RULES = {
@@ -82,8 +83,14 @@ def observed(gemma):
     return out
 
 
+@pytest.fixture(scope="module")
+def stacked(gemma):
+    """Like layers together: they compile once."""
+    return stack_layers(gemma.params, gemma.config)
+
+
 @pytest.mark.parametrize("key", CASES)
-def test_same_as_kvpress(key, gemma, observed):
+def test_same_as_kvpress(key, gemma, stacked, observed):
     policy, recorded = CASES[key]
     config = gemma.config
     for i, (sample, seen) in enumerate(zip(PROMPTS, observed, strict=True)):
@@ -95,7 +102,7 @@ def test_same_as_kvpress(key, gemma, observed):
         question, answer = sample["question_ids"], jnp.asarray(sample["answer_ids"])
         tail = jnp.asarray([question + sample["answer_ids"]], jnp.int32)[:, :-1]
         room = with_room(cache, tail.shape[1])
-        x, _ = extend_hidden(gemma.params, config, policy, room, tail, jnp.ones(tail.shape, bool))
+        x, _ = extend_hidden(stacked, config, policy, room, tail, jnp.ones(tail.shape, bool))
         logits = unembed(gemma.params, config, x[0, len(question) - 1 :])
         nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), answer[:, None], 1).mean()
         assert float(nll) == pytest.approx(recorded["answer_nll"][i], rel=0.02, abs=1e-4)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import quick
+
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "experiments" / "colab").glob("*.ipynb"))
 
 
@@ -27,8 +29,7 @@ def test_the_sharded_long_context(tmp_path):
     (path,) = (path for path in NOTEBOOKS if path.stem == "sharded_long_context")
     script = tmp_path / "notebook.py"
     script.write_text("\n\n".join("".join(cell["source"]) for cell in cells(path)))
-    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # More is compiled than run.
-    environment = os.environ | quick | {"KVJAX_MODEL": "tiny", "KVJAX_CONTEXT": "300"}
+    environment = os.environ | quick.ENVIRONMENT | {"KVJAX_MODEL": "tiny", "KVJAX_CONTEXT": "300"}
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     answer = re.search(r"right answer: (.*)", done.stdout)
@@ -48,7 +49,7 @@ def test_small_ones(name, right, tmp_path):
     (path,) = (path for path in NOTEBOOKS if path.stem == name)
     script = tmp_path / "notebook.py"
     script.write_text("\n\n".join("".join(cell["source"]) for cell in cells(path)))
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "MPLBACKEND": "svg"}
+    environment = os.environ | quick.ENVIRONMENT | {"MPLBACKEND": "svg"}
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert re.search(right, done.stdout), done.stdout

@@ -74,9 +74,8 @@ def _held(layer):
 
 def kept(cache, row: int) -> list[list[list[int]]]:
     """Sorted positions that one row holds, for every full-attention layer and head."""
-    layers = [
-        np.broadcast_to(layer.pos[row], (CONFIG.num_kv_heads, layer.pos.shape[-1])) for layer in full_layers(cache)
-    ]
+    layers = [np.asarray(layer.pos)[row] for layer in full_layers(cache)]
+    layers = [np.broadcast_to(pos, (CONFIG.num_kv_heads, pos.shape[-1])) for pos in layers]
     return [[sorted(head[head != EMPTY].tolist()) for head in layer] for layer in layers]
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from kvjax.cache.host import take_rows
+from kvjax.cache.host import on_host, take_rows
 from kvjax.kernels.choose import Implementation
 from kvjax.kernels.known import known
 from kvjax.kernels.vectors import static as static
@@ -71,6 +72,12 @@ def tree_nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+@jax.jit
+def _take(leaves: list[Array | None], index: Array) -> list[Array | None]:
+    """Rows of all leaves in one program."""
+    return [None if leaf is None else leaf[index] for leaf in leaves]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cache:
@@ -126,10 +133,14 @@ class Cache:
 
     def rows(self, index: Any) -> "Cache":
         """Batch rows by index array, list or slice: select, reorder or repeat. Every leaf follows."""
-        index = index if isinstance(index, slice) else jnp.asarray(index)
-        if not isinstance(index, slice) and index.ndim == 0:
-            index = index[None]  # One row stays a batch of one.
-        return jax.tree.map(lambda leaf: take_rows(leaf, index), self)
+        if isinstance(index, slice):
+            index = np.arange(self.batch_size)[index]
+        index = jnp.atleast_1d(jnp.asarray(index))  # One row stays a batch of one.
+        index = jnp.flatnonzero(index) if index.dtype == bool else index
+        leaves, structure = jax.tree.flatten(self)
+        near = [None if on_host(leaf) else leaf for leaf in leaves]
+        taken = zip(leaves, _take(near, index), strict=True)
+        return jax.tree.unflatten(structure, [take_rows(x, index) if row is None else row for x, row in taken])
 
     def __getitem__(self, index: Any) -> "Cache":
         return self.rows(index)

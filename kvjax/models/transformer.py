@@ -160,7 +160,7 @@ def run_layers(
 ) -> tuple[Array, tuple[Any, ...], Any]:
     """All layers, each with its state; `shared` goes from one to the next.
 
-    Stacked params (see `stack_layers`) run under `lax.scan` where the states of a run are alike too.
+    Stacked params (see `stack_layers`) run under `lax.scan` where a run has several layers whose states are alike.
     """
     if len(params["layers"]) == config.num_layers:
         run = [(i,) for i in range(config.num_layers)]
@@ -170,7 +170,7 @@ def run_layers(
     for layers, block in zip(run, params["layers"], strict=True):
         spec, mine = layer_spec(config, layers[0]), [states[i] for i in layers]
         stacked = block["attn_norm"].ndim == 2
-        if stacked and alike(mine):
+        if stacked and len(layers) > 1 and alike(mine):
 
             def step(carry, xs, spec=spec):
                 (x, shared), (weights, state) = carry, xs

@@ -2,7 +2,8 @@
 layers among sliding ones). Real text, two prompts of different length; every method and the compositions across kinds
 on the house model, one method of every kind on Gemma.
 
-`test_contract.py` asks more of every method, on a random model; here is what trained weights could break.
+`test_contract.py` asks more of every method, on a random model; here is what trained weights could break. Layers are
+stacked where all of them are compiled together: like ones compile once, where their caches are alike too.
 """
 
 import functools
@@ -15,6 +16,7 @@ import pytest
 import kvjax
 from kvjax.cache.types import tree_nbytes
 from kvjax.checkpoints.orbax import load_cache, save_cache
+from kvjax.models import stack_layers
 from kvjax.training.locret import init_retaining_heads, with_retaining_heads
 from tests.tiny import assert_trees_equal, small
 
@@ -62,6 +64,12 @@ def text(model: kvjax.Model) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
+def stacked(model) -> dict:
+    """The model's params, like layers together."""
+    return stack_layers(model.params, model.config)
+
+
+@pytest.fixture(scope="module")
 def observed(model):
     """needs -> the prompts, prefilled once for all policies with these needs."""
     tokens, _ = text(model)
@@ -70,9 +78,10 @@ def observed(model):
 
 @pytest.fixture(scope="module")
 def full_answers(model) -> np.ndarray:
-    """Logits of the questions after the full cache."""
+    """Logits of the questions after the full cache, layers apart."""
     policy, (tokens, question) = kvjax.policy("full"), text(model)
-    return ask(model, policy, kvjax.prefill(model.params, model.config, policy, tokens, LENGTHS), question)[0]
+    cache = kvjax.prefill(model.params, model.config, policy, tokens, LENGTHS)
+    return ask(model.params, model.config, policy, cache, question)[0]
 
 
 def skip_single_heads(model: kvjax.Model, policy: kvjax.Policy) -> None:
@@ -83,16 +92,16 @@ def skip_single_heads(model: kvjax.Model, policy: kvjax.Policy) -> None:
         pytest.skip("One KV head.")
 
 
-def ask(model: kvjax.Model, policy: kvjax.Policy, cache: kvjax.Cache, question: np.ndarray):
+def ask(params: dict, config: kvjax.Config, policy: kvjax.Policy, cache: kvjax.Cache, question: np.ndarray):
     cache = jax.device_put(cache, jax.devices()[0])  # As caches from the disk are: all share a compilation.
-    logits, cache = kvjax.extend(model.params, model.config, policy, cache, question)
+    logits, cache = kvjax.extend(params, config, policy, cache, question)
     return np.asarray(logits), cache
 
 
 @on_models(NAMES)
-def test_the_contract(model, observed, name, tmp_path):
+def test_the_contract(model, stacked, observed, name, tmp_path):
     policy, (tokens, question) = policy_of(name), text(model)
-    params, config = model.params, model.config
+    params, config = stacked if policy.in_chunks else model.params, model.config
     skip_single_heads(model, policy)
     logits, cache = kvjax.prefill_logits(params, config, policy, tokens, LENGTHS)
 
@@ -106,21 +115,22 @@ def test_the_contract(model, observed, name, tmp_path):
         assert_trees_equal(kvjax.compress(plan, observed(policy.needs)), cache)
 
     # A row alone is the same row, before and after more tokens.
-    answers, after = ask(model, policy, cache, question)
+    answers, after = ask(stacked, config, policy, cache, question)
     alone = kvjax.prefill(params, config, policy, tokens[1:, : LENGTHS[1]])
-    found, _ = ask(model, policy, alone, question[1:])
+    found, _ = ask(stacked, config, policy, alone, question[1:])
     tolerance = SAME if policy.store is None and policy.transform is None else 50 * SAME
     np.testing.assert_allclose(found[0], answers[1], atol=tolerance)
     assert np.asarray(after.seen).tolist() == (LENGTHS + ASKED).tolist()
 
     # What comes back from the disk goes on alike.
     save_cache(tmp_path / "cache", cache)
-    np.testing.assert_array_equal(ask(model, policy, load_cache(tmp_path / "cache"), question)[0], answers)
+    back = load_cache(tmp_path / "cache")
+    np.testing.assert_array_equal(ask(stacked, config, policy, back, question)[0], answers)
 
 
 @on_models([name for name in kvjax.methods() if "budget" in kvjax.methods()[name].parameters])
-def test_a_budget_of_everything_is_full_attention(model, full_answers, name):
+def test_a_budget_of_everything_is_full_attention(model, stacked, full_answers, name):
     policy, (tokens, question) = policy_of(name, budget=EVERYTHING), text(model)
     skip_single_heads(model, policy)
-    cache = kvjax.prefill(model.params, model.config, policy, tokens, LENGTHS)
-    np.testing.assert_allclose(ask(model, policy, cache, question)[0], full_answers, atol=SAME)
+    cache = kvjax.prefill(stacked if policy.in_chunks else model.params, model.config, policy, tokens, LENGTHS)
+    np.testing.assert_allclose(ask(stacked, model.config, policy, cache, question)[0], full_answers, atol=SAME)

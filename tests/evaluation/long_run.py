@@ -6,7 +6,6 @@ Usage: python -m tests.evaluation.long_run TASK.jsonl FOLDER
 import pathlib
 import sys
 
-import jax
 import numpy as np
 
 from kvjax.evaluation import (
@@ -34,5 +33,4 @@ def main(task_file: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_disable_most_optimizations", True)  # As for tests of one process.
     main(*sys.argv[1:])

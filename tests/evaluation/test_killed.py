@@ -14,6 +14,7 @@ import pytest
 
 from kvjax.evaluation.results import FILE
 from kvjax.evaluation.runner import KEPT
+from tests import quick
 from tests.evaluation import long_run
 
 ROOT = Path(__file__).parents[2]
@@ -37,9 +38,10 @@ def task_file(tmp_path_factory) -> Path:
 def start(task_file: Path, folder: Path) -> subprocess.Popen:
     # A cache of compilations of its own: JAX does not write it atomically, and the other tests' must stay whole.
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "jax"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = os.environ | quick.ENVIRONMENT | cache
     command = [sys.executable, "-m", "tests.evaluation.long_run", str(task_file), str(folder)]
     return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | cache, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 

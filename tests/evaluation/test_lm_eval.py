@@ -19,6 +19,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import Registry, get_model
 
 from kvjax.lm_eval import KVJax
+from tests import quick
 
 ROOT = Path(__file__).parents[2]
 ROWS = [json.loads(line) for line in (ROOT / "tests" / "data" / "lm_eval" / "codes.jsonl").read_text().splitlines()]
@@ -175,7 +176,8 @@ def test_the_command(tmp_path):
     command += ["pretrained=tiny,policy=snapkv(0.25)", "--include_path", "tests/data/lm_eval", "--limit", "3"]
     command += ["--tasks", "kvjax_codes_written,kvjax_codes_chosen,kvjax_codes_read", "--output_path", str(tmp_path)]
     offline = {"HF_HOME": str(tmp_path / "cache"), "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | offline, capture_output=True, text=True, timeout=300)
+    environment = os.environ | quick.ENVIRONMENT | offline
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "kvjax_codes_written" in done.stdout
     (path,) = tmp_path.glob("*/results*.json")

@@ -119,14 +119,21 @@ def test_a_stop_token_is_not_fed_to_the_cache():
     np.testing.assert_array_equal(cache.seen, LENGTHS + np.asarray(count) - np.asarray(done))
 
 
-def test_stacked_layers_decode_alike():
-    """Like layers under `lax.scan`, those of other kinds or capacities one by one."""
-    stacked = stack_layers(tiny.params(), dataclasses.replace(CONFIG))
-    for text in ("full", "snapkv(0.5, window=4)"):
-        policy = kvjax.parse_policy(text)
-        a, _ = kvjax.generate(tiny.params(), CONFIG, policy, TOKENS, LENGTHS, max_new_tokens=NEW)
-        b, _ = kvjax.generate(stacked, CONFIG, policy, TOKENS, LENGTHS, max_new_tokens=NEW)
-        np.testing.assert_array_equal(a, b)
+@pytest.mark.parametrize(
+    "types, text",
+    [
+        (("full", "full", "sliding"), "full"),
+        (("full", "full", "sliding"), "snapkv(0.5, window=4)"),
+        (CONFIG.layer_types, "minicache(start=0)"),  # What layers share comes and goes between them.
+    ],
+)
+def test_stacked_layers_decode_alike(types, text):
+    """Like layers under `lax.scan`, those of other kinds one by one."""
+    config, policy = dataclasses.replace(CONFIG, layer_types=types), kvjax.parse_policy(text)
+    stacked = stack_layers(tiny.params(), config)
+    a, _ = kvjax.generate(tiny.params(), config, policy, TOKENS, LENGTHS, max_new_tokens=NEW)
+    b, _ = kvjax.generate(stacked, config, policy, TOKENS, LENGTHS, max_new_tokens=NEW)
+    np.testing.assert_array_equal(a, b)
 
 
 def test_extend_in_chunks(monkeypatch):

@@ -15,7 +15,6 @@ import pytest
 from kvjax.kernels.prefill import causal_attention
 from kvjax.models.transformer import embed, layer_spec, positions, rms_norm, run_layer, unembed
 
-pytestmark = pytest.mark.optimized
 LOGIT_ERROR = 2e-3  # Measured: 3e-5.
 STATE_ERROR = 2e-4  # Of the largest number of a layer's hidden state, key or value.
 MARGIN = 1e-2  # Between the two likeliest tokens: below it another order of sums may choose the other one.
@@ -65,6 +64,7 @@ def prompts(request, gemma, recorded):
     return names, lengths, run(gemma, jnp.asarray(tokens), jnp.asarray(lengths))
 
 
+@pytest.mark.optimized
 def test_logits(gemma, recorded, prompts):
     names, lengths, (states, _) = prompts
     for row, name in enumerate(names):
@@ -81,6 +81,7 @@ def test_logits(gemma, recorded, prompts):
             assert np.abs(logits[-1, ::64] - recorded[f"{name}_final_stride64"]).max() < LOGIT_ERROR
 
 
+@pytest.mark.optimized
 def test_hidden_states_of_every_layer(gemma, recorded, prompts):
     names, lengths, (states, _) = prompts
     for row, name in enumerate(names):
@@ -90,6 +91,7 @@ def test_hidden_states_of_every_layer(gemma, recorded, prompts):
             assert np.abs(np.asarray(x) - want).max() < STATE_ERROR * np.abs(want).max(), f"after {layer} layers"
 
 
+@pytest.mark.optimized
 def test_keys_and_values_of_every_layer(recorded, prompts):
     names, lengths, (_, kept) = prompts
     for row, name in enumerate(names):
@@ -102,19 +104,6 @@ def test_keys_and_values_of_every_layer(recorded, prompts):
                 assert np.abs(found - want).max() < STATE_ERROR * np.abs(want).max(), f"{which} of layer {layer}"
 
 
-@pytest.mark.parametrize("names", [("p0", "p1", "p2"), ("p3",)], ids=["short", "long"])
-def test_greedy_continuations(gemma, recorded, names):
-    """Prefill, cache and decoding as users run them."""
-    prompts = [recorded[f"{name}_ids"].tolist() for name in names]
-    found = gemma.generate(prompts, max_new_tokens=32, stop=())
-    for row, name in zip(found, names, strict=True):
-        want, margin = recorded[f"{name}_greedy32"], recorded[f"{name}_greedy32_margin"]
-        for t in range(32):
-            if row[t] != want[t]:
-                assert margin[t] < MARGIN, f"{name}, token {t}: {row[t]} instead of {want[t]}"
-                break  # Two texts from here on.
-
-
 @functools.partial(jax.jit, static_argnames="config")
 def nll(params, config, x, target):
     """Negative log-likelihood of target [T] after hidden states x [T, hidden]."""
@@ -123,6 +112,7 @@ def nll(params, config, x, target):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_perplexity(gemma, recorded):
     ids = jnp.asarray(recorded["ppl_ids"])[None]
     states, _ = run(gemma, ids, None)
@@ -137,3 +127,16 @@ def test_perplexity(gemma, recorded):
     perplexity, want = np.exp(found.mean(dtype=np.float64)), np.exp(float(recorded["ppl_mean_nll"]))
     assert abs(perplexity / want - 1) < 1e-3
     assert want == pytest.approx(11.07, abs=0.01)
+
+
+@pytest.mark.parametrize("names", [("p0", "p1", "p2"), ("p3",)], ids=["short", "long"])
+def test_greedy_continuations(gemma, recorded, names):
+    """Prefill, cache and decoding as users run them."""
+    prompts = [recorded[f"{name}_ids"].tolist() for name in names]
+    found = gemma.generate(prompts, max_new_tokens=32, stop=())
+    for row, name in zip(found, names, strict=True):
+        want, margin = recorded[f"{name}_greedy32"], recorded[f"{name}_greedy32_margin"]
+        for t in range(32):
+            if row[t] != want[t]:
+                assert margin[t] < MARGIN, f"{name}, token {t}: {row[t]} instead of {want[t]}"
+                break  # Two texts from here on.

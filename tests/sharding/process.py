@@ -51,7 +51,6 @@ def offloaded(cache: Any) -> Any:
 
 def main(job: dict[str, Any]) -> None:
     jax.config.update("jax_num_cpu_devices", job["devices"])
-    jax.config.update("jax_disable_most_optimizations", True)  # As for tests of one process: more compiled than run.
     initialize(timeout_seconds=60)
     mesh = make_mesh(job["mesh"])
     rows = local_rows(len(tiny.TOKENS), mesh)

@@ -30,7 +30,7 @@ from kvjax.sharding.distributed import (
     my_rows,
 )
 from kvjax.sharding.mesh import MeshError
-from tests import tiny
+from tests import quick, tiny
 from tests.sharding.process import NEW
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +56,7 @@ def together(count: int, command: list[str], environment: Callable[[int, int], d
             subprocess.Popen(
                 [sys.executable, *command],
                 cwd=ROOT,
-                env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment(index, port),
+                env=os.environ | quick.ENVIRONMENT | {"JAX_PLATFORMS": "cpu"} | environment(index, port),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
