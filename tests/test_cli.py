@@ -12,7 +12,6 @@ import pytest
 import rich.console
 
 from kvjax.commands import options
-
 from tests import quick
 
 ROOT = Path(__file__).parents[1]
