@@ -4,8 +4,10 @@ query rows on their N.
     logits^T [block, N] = K [block, D] q^T [D, N]        out^T [Dv, N] += V^T [Dv, block] weights^T [block, N]
 
 So eight query rows cost eight columns and not a padded tile of 64. Blocks come through a few stages of shared memory in
-their storage type. Codes become bfloat16 in registers and go back to shared memory, from where the tensor cores read
-them: row by row for K, transposed for V, so that tokens stay on the same axis everywhere.
+their storage type and become bfloat16 in registers. From there the tensor cores take keys, channels in the order that
+decoding leaves them in, which queries share (`gpu_stored.weave`). Values go back to shared memory to be read
+transposed, so that tokens stay on the same axis everywhere; so do keys that share scales among tokens or do not fit
+registers.
 
 A block is one piece of neighbouring slots, or several from anywhere, as a table says. A tail in full precision comes
 before what is stored, while the first stored blocks are on their way.
