@@ -74,7 +74,8 @@ class Side:
 
     def in_registers(self, block: int) -> bool:
         """Whether tensor cores read a block of keys from the registers in which it is decoded, not from a tile."""
-        return not self.dense and self.layout is not None and block * self.dim <= KEYS
+        fit = KEYS // 2 if self.dtype == jnp.float8_e4m3fn else KEYS  # Which pass through float32.
+        return not self.dense and self.layout is not None and block * self.dim <= fit
 
     def scales(self, block: int) -> tuple[int, int]:
         """Scales of a block: rows of them, each one a vector in memory."""
