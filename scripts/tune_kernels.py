@@ -4,10 +4,9 @@
     python scripts/tune_kernels.py --kinds int8,kivi2 --dims 128 --contexts 32768
 
 For each kind of store, number of channels and context it times all combinations of the kernel's options; those that do
-not compile are left out. The table is
-`kvjax/kernels/tuned/<device>.json`, which is part of the package; `--out` names another folder, which the environment
-variable KVJAX_TUNED makes kernels read. Entries that are there already stay, unless they are measured anew; each is
-written as soon as it is found.
+not compile are left out. The table is `kvjax/kernels/tuned/<device>.json`, which is part of the package; `--out` names
+another folder, which the environment variable KVJAX_TUNED makes kernels read. Entries that are there already stay,
+unless they are measured anew; each is written as soon as it is found.
 
 Where there is no Pallas kernel, as on CPUs, the blocks of the path in plain JAX are measured, under a name of its own.
 """
