@@ -3,10 +3,10 @@
     python scripts/tune_kernels.py                                   # all kinds of store, in about eight minutes
     python scripts/tune_kernels.py --kinds int8,kivi2 --dims 128 --contexts 32768
 
-For each kind of store, number of channels and context it times all combinations of the kernel's options; those that do
-not compile are left out. The table is `kvjax/kernels/tuned/<device>.json`, which is part of the package; `--out` names
-another folder, which the environment variable KVJAX_TUNED makes kernels read. Entries that are there already stay,
-unless they are measured anew; each is written as soon as it is found.
+For each kind of store, number of channels and context it times all combinations of the kernel's options, but for blocks
+of more slots than there are; what does not compile is left out. The table is `kvjax/kernels/tuned/<device>.json`, which
+is part of the package; `--out` names another folder, which the environment variable KVJAX_TUNED makes kernels read.
+Entries that are there already stay, unless they are measured anew; each is written as soon as it is found.
 
 Where there is no Pallas kernel, as on CPUs, the blocks of the path in plain JAX are measured, under a name of its own.
 """
@@ -107,7 +107,7 @@ def tune(case: Case, name: str, bandwidth: float) -> dict[str, Any] | None:
     if refused:
         print(f"{where}: {refused}", flush=True)
         return None
-    candidates = every_option(VALUES[name], inspect.signature(module.decode).parameters)
+    candidates = every_option(VALUES[name], inspect.signature(module.decode).parameters, request.k.slots)
     times = measure(module, case, candidates, bandwidth)
     for each, seconds in zip(candidates, times, strict=True):
         print(f"  {in_words(each)}: {1e6 * seconds:,.1f} us", flush=True)
@@ -125,10 +125,11 @@ def tune(case: Case, name: str, bandwidth: float) -> dict[str, Any] | None:
     return {"kernel": "decode" if name != "xla" else "decode xla", **about}
 
 
-def every_option(values: Mapping[str, Sequence[int]], accepted: Container[str]) -> list[Options]:
-    """All combinations of what a kernel accepts, after none."""
+def every_option(values: Mapping[str, Sequence[int]], accepted: Container[str], slots: int) -> list[Options]:
+    """All combinations of what a kernel accepts, after none; no block of more slots than there are."""
     names = [name for name in values if name in accepted]
-    return [{}, *(dict(zip(names, each, strict=True)) for each in itertools.product(*(values[n] for n in names)))]
+    combinations = (dict(zip(names, each, strict=True)) for each in itertools.product(*(values[n] for n in names)))
+    return [{}, *(each for each in combinations if each.get("block", 0) <= slots)]
 
 
 def in_words(options: Options) -> str:

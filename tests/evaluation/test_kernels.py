@@ -250,6 +250,12 @@ def test_the_tuner_writes_a_table_that_kernels_read(tmp_path, monkeypatch):
     assert tuning.tuned(entry["kernel"], tuning.Shape("int8", 64, 4, 300), "cpu") == entry["options"]
 
 
+def test_the_tuner_tries_no_block_that_kernels_would_not_use():
+    every_option = runpy.run_path(str(ROOT / "scripts" / "tune_kernels.py"), run_name="tune_kernels")["every_option"]
+    tried = every_option({"block": (128, 256, 512), "stages": (2, 3), "splits": (1,)}, {"block", "stages"}, 300)
+    assert tried == [{}, *({"block": block, "stages": stages} for block in (128, 256) for stages in (2, 3))]
+
+
 def test_new_entries_replace_old_ones_of_their_shape():
     merge = runpy.run_path(str(ROOT / "scripts" / "tune_kernels.py"), run_name="tune_kernels")["merge"]
     entry = {"kernel": "decode", "kind": "int8", "dim": 64, "rows": 4, "slots": 256, "options": {"block": 64}}
