@@ -11,7 +11,6 @@ there is but one token before it. Contexts that repeat, as those of multiple cho
 """
 
 import dataclasses
-import functools
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
@@ -21,29 +20,19 @@ import jax
 import jax.numpy as jnp
 import lm_eval.models as _known  # noqa: F401  # Before our own: a registry that is not empty counts as filled.
 import numpy as np
-from jax import Array
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import model_registry
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from kvjax.cache import Cache
+from kvjax.evaluation.caches import alike, compressed, see, sizes
+from kvjax.evaluation.cases import dtype_of
 from kvjax.evaluation.score import likelihood
-from kvjax.generation import Sampler, decode, extend_hidden, observe, prefill, with_room
+from kvjax.generation import Sampler, decode, extend_hidden, with_room
 from kvjax.model import Model, load
 from kvjax.models.transformer import unembed
-from kvjax.policies import (
-    Plan,
-    Policy,
-    PolicyError,
-    abstract_cache,
-    as_policy,
-    compress_decided,
-    decide,
-    parse_policy,
-    plan,
-)
-from kvjax.policies.plan import Observed
+from kvjax.policies import Policy, PolicyError, as_policy, parse_policy, plan
 
 PIECE = 16  # Tokens written between two looks for a text that ends the answer.
 FULL = Policy()
@@ -175,13 +164,13 @@ class KVJax(TemplateLM):
         for i, (_, options) in enumerate(given):
             asked.setdefault(repr(sorted(options.items())), []).append(i)
         answers = [""] * len(requests)
-        for alike in asked.values():
-            options = given[alike[0]][1]
-            contexts = [self._fitting(self.tok_encode(given[i][0]), options["max_gen_toks"]) for i in alike]
+        for group in asked.values():
+            options = given[group[0]][1]
+            contexts = [self._fitting(self.tok_encode(given[i][0]), options["max_gen_toks"]) for i in group]
             until, sampler = [text for text in options["until"] if text], _sampler(options)
             for rows, caches in self._seen(contexts, "generate_until", disable_tqdm):
                 for i, text in zip(rows, caches.write(options["max_gen_toks"], until, sampler), strict=True):
-                    answers[alike[i]] = text
+                    answers[group[i]] = text
         return answers
 
     # How it is answered
@@ -203,15 +192,17 @@ class KVJax(TemplateLM):
         def policy_of(context: tuple[int, ...]) -> Policy:
             return FULL if len(context) < max(self.whole_below, 2) else self.policy
 
+        def together(i: int) -> tuple[Policy, bool, int]:
+            policy, length = policy_of(contexts[i]), len(contexts[i])
+            # A single token leaves nothing to compress, and is predicted from by itself.
+            return policy, length > 1, alike(policy, length - 1)
+
         self._check([len(context) - 1 for context in contexts if policy_of(context) == self.policy])
         ordered = sorted(range(len(contexts)), key=lambda i: (-len(contexts[i]), contexts[i]))
         with tqdm(total=len(ordered), desc=f"kvjax {what} ({self.policy})", disable=quiet) as progress:
-            # A single token leaves nothing to compress, and is predicted from by itself.
-            for (policy, _), alike in itertools.groupby(
-                ordered, key=lambda i: (policy_of(contexts[i]), len(contexts[i]) > 1)
-            ):
-                for rows in _chunks(list(alike), self.batch_size):
-                    caches = see(self.model, policy, [contexts[i] for i in rows])
+            for (policy, *_), group in itertools.groupby(ordered, key=together):
+                for rows in _chunks(list(group), self.batch_size):
+                    caches = read(self.model, policy, [contexts[i] for i in rows])
                     self.bytes, self.full_bytes = self.bytes + caches.nbytes, self.full_bytes + caches.full_nbytes
                     yield rows, caches
                     progress.update(len(rows))
@@ -220,7 +211,7 @@ class KVJax(TemplateLM):
         """Whether the policy can serve all of them, before anything is computed."""
         for length in sorted(set(lengths)):
             try:
-                plan(self.policy, self.model.config, length, _dtype(self.model))
+                plan(self.policy, self.model.config, length, dtype_of(self.model))
             except PolicyError as error:
                 raise PolicyError(
                     f"{error} Contexts of this task have {min(lengths) + 1} to {max(lengths) + 1} tokens. With "
@@ -301,7 +292,7 @@ class Caches:
         return [text[: min((at for at in map(text.find, until) if at >= 0), default=len(text))] for text in texts]
 
 
-def see(model: Model, policy: Policy, contexts: Sequence[tuple[int, ...]]) -> Caches:
+def read(model: Model, policy: Policy, contexts: Sequence[tuple[int, ...]]) -> Caches:
     """Reads a batch of contexts and compresses all but the last token of each.
 
     Args:
@@ -309,31 +300,14 @@ def see(model: Model, policy: Policy, contexts: Sequence[tuple[int, ...]]) -> Ca
     """
     late = tuple(context[-1] for context in contexts) if len(contexts[0]) > 1 else None
     rows = [context if late is None else context[:-1] for context in contexts]
-    tokens, lengths = model.encode(rows)
-    tight = plan(policy, model.config, [len(row) for row in rows], _dtype(model))
-    if policy.in_chunks:
-        cache, last = prefill(model.params, model.config, policy, tokens, lengths), np.zeros(())
-        return Caches(model, _going_on(cache), late, last, cache.nbytes, cache.full_nbytes)
-    observed = observe(model.params, model.config, tokens, lengths, policy.needs)
-    # Capacities for every batch of this padded length, so that they share compilations; rows keep their own numbers.
-    wide = plan(policy, model.config, [*(len(row) for row in rows), tokens.shape[1]], _dtype(model))
-    wide, slots = decide(wide, observed)
-    cache = _compressed(wide, slots, observed)
-    nbytes = abstract_cache(tight if tight.decided else wide, model.config, len(rows), _dtype(model)).nbytes
-    return Caches(model, _going_on(cache), late, np.asarray(observed.last), nbytes, cache.full_nbytes)
-
-
-@functools.partial(jax.jit, static_argnames="plan")
-def _compressed(plan: Plan, slots: Array, observed: Observed) -> Cache:
-    return compress_decided(plan, slots, observed)
+    observed = None if policy.in_chunks else see(model, rows, [policy])
+    last = np.zeros(()) if observed is None else np.asarray(observed.last)
+    plans, cache = compressed(model, observed, rows, policy)
+    nbytes, _ = sizes(plans, model.config, dtype_of(model))
+    return Caches(model, cache, late, last, nbytes, cache.full_nbytes)
 
 
 _next_logits = jax.jit(unembed, static_argnames="config")
-
-
-def _going_on(cache: Cache) -> Cache:
-    """The same cache, its policy what comes after prompts: policies that go on alike share compilations."""
-    return dataclasses.replace(cache, policy=cache.policy.after_prompt)
 
 
 def _sampler(options: Any) -> Sampler:
@@ -343,10 +317,6 @@ def _sampler(options: Any) -> Sampler:
         top_p=float(options.get("top_p", 1.0)),
         min_p=float(options.get("min_p", 0.0)),
     )
-
-
-def _dtype(model: Model) -> Any:
-    return model.params["embed"].dtype
 
 
 def _args(requests: Sequence[Request]) -> list[tuple[Any, ...]]:

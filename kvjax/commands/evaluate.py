@@ -275,7 +275,7 @@ def _print_plans(model: "Model", prepared: list[_Prepared], as_json: bool) -> No
     for one in prepared:
         length = max(len(case.prompt) for case in one.cases)
         plans = {str(policy): plan(policy, model.config, length, dtype) for policy in one.settings.policies}
-        nbytes = {name: sizes(planned, model.config, dtype)[0] for name, planned in plans.items()}
+        nbytes = {name: sizes([planned], model.config, dtype)[0] for name, planned in plans.items()}
         about = {"task": one.task.name, "folder": str(one.folder), "prompt_tokens": length, "nbytes": nbytes}
         total = len(one.cases) * len(plans)
         left = total - len(one.rows)

@@ -54,7 +54,7 @@ def measure(
 ) -> tuple[Row, Path]:
     """One policy's row. Without a path it is the full cache, and writes one."""
     start = time.perf_counter()
-    tight, cache = compressed(model, observed, case, policy)
+    plans, cache = compressed(model, observed, [case.prompt], policy, case.shape[1])
     jax.block_until_ready(cache)
     compress_s = time.perf_counter() - start
     asked = ask(model, cache, case)
@@ -62,7 +62,7 @@ def measure(
     likelihoods = [likelihood(model, _follow(model, asked, answer), answer) for answer in case.sample.answers]
     best = max(likelihoods, key=lambda answer: (answer.greedy, -answer.nll))
     kl, same = divergence(model, _follow(model, asked, path.ids), path.states)
-    nbytes, of_full_layers = sizes(tight, model.config, dtype_of(model))
+    nbytes, of_full_layers = sizes(plans, model.config, dtype_of(model))
     method, budget = without_budget(str(policy))
     return {
         "policy": str(policy),

@@ -29,7 +29,7 @@ def who_stays(model: Model, observed: Observed, case: Case, policies: Sequence[P
     length, heads = len(case.prompt), model.config.cache_heads
 
     def of(policy: Policy) -> dict[str, Any]:
-        where = positions(compressed(model, observed, case, policy)[1])
+        where = positions(compressed(model, observed, [case.prompt], policy)[1])
         counts = [np.broadcast_to((pos != EMPTY).sum(-1), heads).tolist() for pos in where]
         rows = [row for pos in where for row in np.broadcast_to(pos, (heads, pos.shape[1]))]
         held = [np.isin(np.arange(length), row) for row in rows]

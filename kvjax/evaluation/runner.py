@@ -78,7 +78,7 @@ def run(
     # Questions about one context follow one another: they share its prefill, unless they are part of it.
     for prompt, group in itertools.groupby(todo, key=lambda case: case.prompt):
         progress(len(rows), total, "prefill")
-        observed = see(model, prompt, settings.policies)
+        observed = see(model, [prompt], settings.policies)
         for case in group:
             if case.shape not in warm and len(settings.policies) <= TOGETHER:
                 progress(len(rows), total, "compiling")
@@ -137,7 +137,7 @@ def _decode_speeds(model: Model, observed: Observed, case: Case, settings: Setti
 
 
 def _decode_seconds(model: Model, observed: Observed, case: Case, policy: Policy, settings: Settings) -> float:
-    _, cache = compressed(model, observed, case, policy)
+    _, cache = compressed(model, observed, [case.prompt], policy, case.shape[1])
     asked = ask(model, cache, case)
     return greedy(model, asked.cache, asked.logits, settings.tokens)[1]
 

@@ -64,10 +64,10 @@ def forward(model, ids):
     return kvjax.forward(model.params, model.config, tokens)[0]
 
 
-def on_compressed(model, context: str, after: str) -> tuple[float, bool]:
+def on_compressed(model, context: str, after: str, policy: str = POLICY) -> tuple[float, bool]:
     """By the model's own methods: all but the last token of the context compressed, the rest fed."""
     ids, tail = model.tokenizer.encode(context), model.tokenizer.encode(after, add_bos=False)
-    logits, _ = model.extend(model.prefill(ids[:-1], POLICY), [ids[-1], *tail[:-1]])
+    logits, _ = model.extend(model.prefill(ids[:-1], policy), [ids[-1], *tail[:-1]])
     return of_logits(logits[0], tail)
 
 
@@ -90,6 +90,19 @@ def test_every_token_is_predicted_from_the_compressed_cache(model, choices):
     assert info["kv_cache_policy"] == POLICY
     quarter = 0.25 if model.params["embed"].dtype == jnp.bfloat16 else 0.5  # Against bfloat16.
     assert info["kv_cache_compression"] == pytest.approx(1 / quarter, rel=0.02)
+
+
+@pytest.mark.parametrize("policy", ["knorm('25%B')", "cake('30%B')"])
+def test_a_part_of_the_bytes_is_of_every_contexts_own(model, policy):
+    """Beside longer ones too, and with padding."""
+    ends = CONTEXTS[0][200:]
+    asked = requests("loglikelihood", [(CONTEXTS[0], " 41"), (ends, " 41")])
+    lm = KVJax(model, policy, batch_size=2)
+    found = lm.loglikelihood(asked, disable_tqdm=True)
+    for request, (log, _) in zip(asked, found, strict=True):
+        assert log == pytest.approx(on_compressed(model, *request.args, policy)[0], abs=2e-3)
+    against_bfloat16 = model.params["embed"].dtype.itemsize / 2
+    assert lm.get_model_info()["kv_cache_compression"] * against_bfloat16 > 3.3
 
 
 def test_whole_texts(model):
