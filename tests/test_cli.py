@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import rich.console
 
-from kvjax.commands import options
+from kvjax.commands import complete, options
 from tests import quick
 
 ROOT = Path(__file__).parents[1]
@@ -120,6 +121,8 @@ def test_on_a_mesh(rows, tmp_path, monkeypatch):
         (["compare", "--model", TINY], "has no tokenizer"),
         (["compare", "--out", "/proc/nowhere"], "Cannot write to the folder /proc/nowhere"),
         (["compare", "--samples", "0"], "samples must be at least 1"),
+        (["compare", "--task", "longbench_qasper"], "needs path"),
+        (["eval", "kivi", "--tasks", "needle; ppl", "--set", "depht=1"], "none of needle, ppl has such a parameter"),
         (["generate", "--policy", "full", ""], "prompt is empty"),
         (["generate", "hello", "--temperature", "-1"], "temperature"),
         (["generate", "hello", "--model", TINY], "no tokenizer"),
@@ -157,19 +160,25 @@ policies: [knorm, random]
 sizes: [50]
 tasks:
   - {task: needle, context: 140, count: 1, depths: [0.2, 0.8]}
+  - {task: longbench_trec, path: data}
 continuation: 4
 """
 
 
 def test_a_grid_is_shown_run_and_reported(tmp_path):
     (tmp_path / "small.yaml").write_text(GRID)
+    (tmp_path / "data").mkdir()
+    shutil.copy(ROOT / "tests" / "data" / "tasks" / "longbench" / "trec.jsonl", tmp_path / "data")
     shown = kvjax("eval", "small.yaml", "--dry-run", folder=tmp_path)
-    assert shown.returncode == 0 and "6 of 6 rows are left to run" in shown.stdout, shown.stderr
+    assert shown.returncode == 0 and "9 of 9 rows are left to run" in shown.stdout, shown.stderr
+    assert re.search(r"needle-140-agnostic +2 +3 +140 +6 +1\.7 MB +8\d\d\.\d kB", shown.stdout)
     assert not (tmp_path / "results").exists()  # Nothing was run, and nothing was made.
     refused = kvjax("eval", "small.yaml", "--tasks", "ppl", folder=tmp_path)
     assert refused.returncode == 2 and "--tasks does not go with a grid" in refused.stderr
     ran = json.loads(kvjax("eval", "small.yaml", "--json", folder=tmp_path).stdout)
     assert [row["policy"] for row in ran["leaderboard"]][0] == "full" and len(ran["leaderboard"]) == 3
+    rows = json.loads((tmp_path / ran["folder"] / "longbench_trec-agnostic" / "results.json").read_text())
+    assert all(row["score"] in (0, 1) and "prediction" in row and row["references"] for row in rows)
     page = (tmp_path / ran["page"]).read_text()
     assert "knorm" in page and "http://" not in page.split("</style>")[0]
     again = kvjax("report", ran["folder"], "--out", "again.html", folder=tmp_path)
@@ -211,6 +220,43 @@ def test_the_doctor_knows_what_is_wrong():
         if os_settings is not None:
             os.environ["JAX_PLATFORMS"] = os_settings
     assert len(found) == 2 and 'pip install "kvjax[gpu]"' in found[0] and 'pip install "kvjax[tpu]"' in found[1]
+
+
+def test_parameters_of_tasks_are_written_as_in_a_grid():
+    given = options.parameters(["depths=[0, 0.5]", "path=data/a=b", "count = 3"])
+    assert given == {"depths": [0, 0.5], "path": "data/a=b", "count": 3}
+    for wrong in (["path"], ["=3"], ["path="], ["a=1", "a=2"], ["a=[1"]):
+        with pytest.raises(ValueError, match="--set"):
+            options.parameters(wrong)
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("compare --task nee", ["needle", "needle_multikey", "needle_multivalue", "needle_multiquery"]),
+        ("methods snap", ["snapkv"]),
+        ("compare --model ti", ["tiny"]),
+        ("eval configs/experiments/leaderboard_t", ["configs/experiments/leaderboard_tiny.yaml"]),
+    ],
+)
+def test_the_shell_completes(words, offered, monkeypatch):
+    monkeypatch.setenv("_KVJAX_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"kvjax {words}")
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
+    command = [str(Path(sys.executable).parent / "kvjax")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == offered, done.stderr
+
+
+def test_what_stands_before_the_name_that_is_completed_stays(tmp_path, monkeypatch):
+    assert complete.policies("full; snap") == ["full; snapkv"]
+    assert complete.policies("snapkv(0.25) | kiv") == ["snapkv(0.25) | kivi"]
+    assert complete.tasks("needle; ppl") == ["needle; ppl"] and "ruler" in complete.tasks("rule")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "small.gguf").touch()
+    (tmp_path / "models" / "notes.txt").touch()
+    assert complete.models("mod") == ["models/"] and complete.models("models/") == ["models/small.gguf"]
 
 
 def test_progress_keeps_its_numbers_in_a_narrow_terminal(monkeypatch):

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kvjax.commands import complete
 from kvjax.commands.common import console, print_wide, user_errors
 from kvjax.commands.options import (
     MODEL,
@@ -26,9 +27,12 @@ bench_app = typer.Typer(rich_markup_mode="markdown")
 def bench(
     call: typer.Context,
     model: ModelOption = MODEL,
-    policies: Annotated[str, typer.Option(help="Separated by semicolons; the full cache always runs along.")] = (
-        "full; snapkv(512); streaming_llm(512); kivi(bits=4)"
-    ),
+    policies: Annotated[
+        str,
+        typer.Option(
+            help="Separated by semicolons; the full cache always runs along.", autocompletion=complete.policies
+        ),
+    ] = "full; snapkv(512); streaming_llm(512); kivi(bits=4)",
     contexts: Annotated[str, typer.Option(help="Lengths of prompts in tokens, separated by commas.")] = "512,2048,4096",
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     tokens: Annotated[int, typer.Option(help="Tokens decoded per measurement.")] = 32,

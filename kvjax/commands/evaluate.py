@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvjax.commands import complete
 from kvjax.commands.common import console, notes, plain_table, print_wide, user_errors
 from kvjax.commands.grid import run_file
 from kvjax.commands.options import (
@@ -25,8 +26,10 @@ from kvjax.commands.options import (
     ProtocolOption,
     SamplesOption,
     SeedOption,
+    SetOption,
     SpeedOption,
     load,
+    parameters,
     progress_bar,
 )
 
@@ -44,18 +47,25 @@ POLICIES = (
 def compare(
     model: ModelOption = MODEL,
     policies: Annotated[
-        str, typer.Option(help='Separated by semicolons; "all" is every method. See `kvjax methods`.')
+        str,
+        typer.Option(
+            help='Separated by semicolons; "all" is every method. See `kvjax methods`.',
+            autocompletion=complete.policies,
+        ),
     ] = POLICIES,
     sizes: Annotated[
         str | None,
         typer.Option(help='Such as "50,25": percent of the full cache\'s bytes, for policies without a budget.'),
     ] = None,
-    task: Annotated[str, typer.Option(help="One of `kvjax tasks`, or a file of JSON lines.")] = "needle",
+    task: Annotated[
+        str, typer.Option(help="One of `kvjax tasks`, or a file of JSON lines.", autocompletion=complete.tasks)
+    ] = "needle",
     protocol: ProtocolOption = Protocol.aware,
     context: ContextOption = None,
     samples: SamplesOption = None,
     needles: NeedlesOption = None,
     seed: SeedOption = 0,
+    set_: SetOption = None,
     out: OutOption = None,
     overwrite: OverwriteOption = False,
     speed: SpeedOption = True,
@@ -90,13 +100,16 @@ def compare(
     `kvjax compare --model tiny --context 1000 --policies all --sizes 50,25,12.5,6.25`
 
     `kvjax compare --model ./my-checkpoint --task my.jsonl --out results/mine`
+
+    `kvjax compare --task longbench_qasper --set path=data/longbench --context 8000`
     """
     with user_errors():
         from kvjax.evaluation import Settings, make_task, parse_policies
 
         chosen_policies = parse_policies(policies, _percentages(sizes))
         settings = Settings(policies=chosen_policies, protocol=protocol.value, speed=speed)
-        chosen = make_task(task, context=context, count=samples, needles=needles, seed=seed)
+        given = _once({"context": context, "count": samples, "needles": needles, "seed": seed}, parameters(set_))
+        chosen = make_task(task, **given)
         folder = _folder(out, model, chosen, settings, dtype)
     loaded = load(model, dtype, [] if dry_run else [folder], mesh)
     prepared = _prepare(loaded, model, [(chosen, folder)], settings, overwrite, what_fits=sizes is not None)
@@ -117,16 +130,26 @@ def _percentages(text: str | None) -> tuple[float, ...]:
 def evaluate(
     call: typer.Context,
     policy: Annotated[
-        str, typer.Argument(metavar="POLICY|GRID.yaml", help='Such as "snapkv(0.25) | kivi(bits=4)"; or a file.')
+        str,
+        typer.Argument(
+            metavar="POLICY|GRID.yaml",
+            help='Such as "snapkv(0.25) | kivi(bits=4)"; or a file.',
+            autocompletion=complete.policies_or_grids,
+        ),
     ],
     model: ModelOption = MODEL,
     tasks: Annotated[
-        str, typer.Option(help="Separated by semicolons: see `kvjax tasks`; or files of JSON lines.")
+        str,
+        typer.Option(
+            help="Tasks or groups of `kvjax tasks`, or files of JSON lines, separated by semicolons.",
+            autocompletion=complete.tasks,
+        ),
     ] = "needle; ppl",
     protocol: ProtocolOption = Protocol.aware,
     context: ContextOption = None,
     samples: SamplesOption = None,
     seed: SeedOption = 0,
+    set_: SetOption = None,
     out: OutOption = None,
     overwrite: OverwriteOption = False,
     speed: SpeedOption = True,
@@ -138,15 +161,17 @@ def evaluate(
 ) -> None:
     """Evaluates one policy on several tasks, next to the full cache; or a whole grid from a YAML file.
 
-    Results of each task go to a folder of its own; see `kvjax compare` for what they mean. A grid (policies x sizes x
-    tasks x lengths x protocols) makes a leaderboard and a page, `report.html`. It goes on where it stopped, and the
-    same command in several terminals, or on several machines with one folder, shares the work.
+    Results of each task go to a folder of its own; see `kvjax compare` for what they mean. A grid (models x policies x
+    sizes x tasks x lengths x protocols) makes a leaderboard and a page, `report.html`. It goes on where it stopped, and
+    the same command in several terminals, or on several machines with one folder, shares the work.
 
     **Examples**
 
     `kvjax eval "chunkkv(0.25)"`
 
     `kvjax eval "snapkv(1024)" --tasks "needle; my.jsonl" --protocol agnostic`
+
+    `kvjax eval "kivi" --tasks "ruler" --set path=data/ruler --context 8000`
 
     `kvjax eval configs/experiments/leaderboard_tiny.yaml`
     """
@@ -159,16 +184,13 @@ def evaluate(
     with user_errors():
         if devices > 1:
             raise ValueError("--devices is for grids. --mesh spreads one policy's work over devices.")
-        from kvjax.evaluation import Settings, make_task, parse_policies
-        from kvjax.evaluation.tasks import TASKS
+        from kvjax.evaluation import Settings, parse_policies
 
         settings = Settings(policies=parse_policies(policy), protocol=protocol.value, speed=speed)
         names = [name.strip() for name in tasks.split(";") if name.strip()]
         if not names:
             raise ValueError("No tasks given: needle, ppl or files of JSON lines, separated by semicolons.")
-        chosen = [
-            make_task(name, context=context if name in TASKS else None, count=samples, seed=seed) for name in names
-        ]
+        chosen = _tasks(names, {"context": context, "count": samples, "seed": seed}, parameters(set_))
         folders = [_folder(out and out / task.name, model, task, settings, dtype) for task in chosen]
         if len(set(folders)) < len(folders):
             raise ValueError("Two tasks have the same name, and so would their results.")
@@ -179,6 +201,29 @@ def evaluate(
         _print_plans(loaded, prepared, as_json)
         return
     _report(_run(loaded, prepared), as_json)
+
+
+def _once(options: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of a task from options of their own and from --set."""
+    if twice := [name for name in given if options.get(name) is not None and name != "seed"]:
+        raise ValueError(f"{twice[0]} is given twice, by an option of its own and by --set.")
+    return options | given
+
+
+def _tasks(names: list[str], options: dict[str, Any], given: dict[str, Any]) -> "list[Task]":
+    """Of names, groups and files; what --set says goes to all that have such a parameter."""
+    from kvjax.evaluation.tasks import TASKS, groups, make_tasks
+
+    options, found, heard = _once(options, given), [], set()
+    for name in names:
+        members = groups().get(name, (name,)) if name not in TASKS else (name,)
+        known = {key for member in members if member in TASKS for key in TASKS[member].parameters}
+        fitting = {key: value for key, value in options.items() if key in known or key in ("count", "seed")}
+        heard |= set(fitting)
+        found += make_tasks(name, **fitting)
+    if deaf := [name for name in given if name not in heard]:
+        raise ValueError(f"--set {deaf[0]}: none of {', '.join(names)} has such a parameter; see `kvjax tasks NAME`.")
+    return found
 
 
 GRID_OPTIONS = ("mesh", "devices", "dry_run", "as_json")

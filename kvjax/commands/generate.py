@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from kvjax.commands import complete
 from kvjax.commands.common import notes, user_errors
 from kvjax.commands.options import MODEL, DtypeOption, MeshOption, ModelOption, SeedOption, load
 
@@ -15,7 +16,7 @@ from kvjax.commands.options import MODEL, DtypeOption, MeshOption, ModelOption, 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help='The prompt; "-" or none reads stdin.')] = None,
     file: Annotated[pathlib.Path | None, typer.Option(help="Read the prompt from a file.")] = None,
-    policy: Annotated[str, typer.Option(help="See `kvjax methods`.")] = "full",
+    policy: Annotated[str, typer.Option(help="See `kvjax methods`.", autocompletion=complete.policies)] = "full",
     model: ModelOption = MODEL,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most so many.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -64,7 +65,9 @@ def generate(
             )
         kvjax.plan(chosen, config, length, loaded.params["embed"].dtype)
     assert loaded.tokenizer is not None
-    logits, cache = prefill_logits(loaded.params, config, chosen, tokens, lengths)
+    with notes.status(f"Reading {length:,} tokens; the first time they are compiled for ..."):
+        logits, cache = prefill_logits(loaded.params, config, chosen, tokens, lengths)
+        jax.block_until_ready(cache)
     size = f"{cache.nbytes / 1e6:.2f} MB, {cache.compression:.2f}x compression against a full bfloat16 cache"
     ids = stream_on(
         loaded.params,

@@ -1,7 +1,9 @@
 """`kvjax eval GRID.yaml`: a leaderboard from one file, by several devices and processes, resumed where it stopped."""
 
+import functools
 import json
 import pathlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -12,6 +14,7 @@ from kvjax.commands.report import PAGE
 
 if TYPE_CHECKING:
     from kvjax.evaluation.grid import Grid, Job
+    from kvjax.model import Model
 
 
 def run_file(
@@ -41,14 +44,17 @@ def run_file(
         grid = grids.read_grid(path)
         folder = out or pathlib.Path("results") / grid.name
         chosen = _devices(devices, mesh)
-    model = load(grid.model, Dtype(grid.dtype) if grid.dtype else None, [] if dry_run else [folder], mesh)
+
+    @functools.lru_cache(maxsize=1)  # One at a time.
+    def model(name: str) -> "Model":
+        return load(name, Dtype(grid.dtype) if grid.dtype else None, [] if dry_run else [folder], mesh)
+
     with user_errors():
-        with notes.status("Making samples ..."):
-            jobs = grids.prepare(model, grid, folder)
+        jobs = grids.prepare(model, grid, folder)
         left = grids.unfinished(jobs) if not overwrite else sum(job.rows for job in jobs)
     _say_left_out(jobs)
     if dry_run:
-        _print_jobs(grid, jobs, folder, left, as_json)
+        _print_jobs(model, grid, jobs, folder, left, as_json)
         return
     try:
         with user_errors(), progress_bar(grid.name) as advance:
@@ -66,7 +72,7 @@ def _say_left_out(jobs: "list[Job]") -> None:
     reasons: dict[str, list[str]] = {}
     for job in jobs:
         for reason in job.left_out.values():
-            reasons.setdefault(reason, []).append(job.folder.name)
+            reasons.setdefault(reason, []).append(job.name)
     for reason, names in reasons.items():
         which = "all jobs" if len(names) == len(jobs) else ", ".join(names)
         notes.print(f"Left out of {which}: {reason}", style="dim", markup=False, highlight=False, soft_wrap=True)
@@ -82,24 +88,35 @@ def _devices(number: int, mesh: str | None) -> tuple[Any, ...]:
     return tuple(jax.local_devices()[:number]) if number > 1 else ()
 
 
-def _print_jobs(grid: "Grid", jobs: "list[Job]", folder: pathlib.Path, left: int, as_json: bool) -> None:
-    rows = [
-        {
-            "job": job.folder.name,
-            "samples": len(job.cases),
-            "policies": len(job.settings.policies),
-            "prompt_tokens": max(len(case.prompt) for case in job.cases),
-            "rows": job.rows,
-            "left_out": dict(job.left_out),
-        }
-        for job in jobs
-    ]
+def _print_jobs(
+    model: Callable[[str], "Model"], grid: "Grid", jobs: "list[Job]", folder: pathlib.Path, left: int, as_json: bool
+) -> None:
+    """What would be run, and how large caches would be; nothing is computed."""
+    from kvjax.evaluation.caches import sizes
+    from kvjax.evaluation.cases import dtype_of
+    from kvjax.evaluation.report import megabytes
+    from kvjax.policies import plan
+
+    def nbytes(job: "Job", length: int) -> dict[str, int]:
+        config, dtype = model(job.model).config, dtype_of(model(job.model))
+        policies = job.settings.policies
+        return {str(each): sizes([plan(each, config, length, dtype)], config, dtype)[0] for each in policies}
+
+    rows = []
+    for job in jobs:
+        longest = max(len(case.prompt) for case in job.cases)
+        about = {"job": job.name, "samples": len(job.cases), "policies": len(job.settings.policies)}
+        more = {"prompt_tokens": longest, "rows": job.rows, "nbytes": nbytes(job, longest)}
+        rows.append(about | more | {"left_out": dict(job.left_out)})
     if as_json:
         print(json.dumps({"folder": str(folder), "rows_left": left, "jobs": rows}, indent=1))
         return
-    out = plain_table(grid.title, "job", "samples", "policies", "longest prompt", "rows")
+    out = plain_table(grid.title, "job", "samples", "policies", "longest prompt", "rows", "full cache", "smallest")
     for row in rows:
-        out.add_row(*(f"{row[key]:,}" if key != "job" else row[key] for key in row if key != "left_out"))
+        sizes_of = [megabytes(size) for size in (row["nbytes"]["full"], min(row["nbytes"].values()))]
+        out.add_row(
+            row["job"], *(f"{row[key]:,}" for key in ("samples", "policies", "prompt_tokens", "rows")), *sizes_of
+        )
     print_wide(out)
     total = sum(job.rows for job in jobs)
     console.print(f"\n{left:,} of {total:,} rows are left to run in {folder}. Nothing was run.", highlight=False)

@@ -5,12 +5,16 @@ from typing import Annotated, Any
 
 import typer
 
+from kvjax.commands import complete
 from kvjax.commands.common import console, user_errors
 from kvjax.commands.options import JsonOption
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Show all about one method.")] = None, as_json: JsonOption = False
+    name: Annotated[
+        str | None, typer.Argument(help="Show all about one method.", autocompletion=complete.method)
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Lists every registered method: how it is written, when it acts, its parts and its paper.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvjax.commands import complete
 from kvjax.commands.common import notes, user_errors
 
 if TYPE_CHECKING:
@@ -36,7 +37,12 @@ class Implementation(enum.StrEnum):
 
 
 ModelOption = Annotated[
-    str, typer.Option("--model", help=f"{MODEL}, tiny, a Hugging Face or Orbax folder, a .gguf file, or a hub name.")
+    str,
+    typer.Option(
+        "--model",
+        help=f"{MODEL}, tiny, a Hugging Face or Orbax folder, a .gguf file, or a hub name.",
+        autocompletion=complete.models,
+    ),
 ]
 MeshOption = Annotated[
     str | None,
@@ -53,6 +59,14 @@ ContextOption = Annotated[int | None, typer.Option(help="Tokens of the context. 
 SamplesOption = Annotated[int | None, typer.Option(help="Contexts, or rows of a file. Default: the task's, all rows.")]
 NeedlesOption = Annotated[int | None, typer.Option(help="Needles per context; each is asked for. Default: 1.")]
 SeedOption = Annotated[int, typer.Option(help="Of everything that is drawn at random.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="A parameter of the task, such as path=data/longbench or depths=[0,0.5,1]; see `kvjax tasks NAME`.",
+    ),
+]
 OutOption = Annotated[
     pathlib.Path | None, typer.Option(help="Folder for results. Default: one below results/ per configuration.")
 ]
@@ -117,6 +131,30 @@ def progress_bar(what: str) -> Iterator[Any]:
     with progress.Progress(*columns, console=notes, transient=True, speed_estimate_period=600) as bar:
         task = bar.add_task(what, total=None, last="compiling; the first sample takes longest")
         yield lambda done, total, text: bar.update(task, completed=done, total=total, last=text)
+
+
+def parameters(given: list[str] | None) -> dict[str, Any]:
+    """["path=data", "depths=[0, 0.5]"] -> {"path": "data", "depths": [0, 0.5]}; values are as in a grid's YAML.
+
+    Raises:
+      ValueError: There is no name or no value, or a name is given twice.
+    """
+    import yaml
+
+    found: dict[str, Any] = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip() or not value.strip():
+            raise ValueError(f"--set takes NAME=VALUE, such as path=data/longbench, got {text!r}.")
+        if name.strip() in found:
+            raise ValueError(f"--set gives {name.strip()} twice.")
+        try:
+            found[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(
+                f"Cannot read --set {text!r}: a value is a number, text, or a list like [0,0.5]."
+            ) from None
+    return found
 
 
 def numbers(option: str, text: str) -> list[int]:

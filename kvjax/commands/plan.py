@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from kvjax.commands import complete
 from kvjax.commands.common import notes, print_wide, user_errors, write_whole
 
 
@@ -13,7 +14,7 @@ def plan(
     model: Annotated[
         str, typer.Option(help="A known model such as llama3.1-8b, or a config.json (or a folder with one).")
     ] = "llama3.1-8b",
-    policy: Annotated[str, typer.Option(help="See `kvjax methods`.")] = "full",
+    policy: Annotated[str, typer.Option(help="See `kvjax methods`.", autocompletion=complete.policies)] = "full",
     context: Annotated[str, typer.Option(help="Tokens of each prompt, such as 131072, 128k or 1M.")] = "128k",
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     topology: Annotated[str, typer.Option(help="v5e:16x16, v5p:4x4x4, v6e:8x8; h200:8 and others: arithmetic.")] = (

@@ -6,12 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
+from kvjax.commands import complete
 from kvjax.commands.common import console, user_errors
 from kvjax.commands.options import JsonOption
 
 
 def tasks(
-    name: Annotated[str | None, typer.Argument(help="Show one task, or the tasks of one group.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Show one task, or the tasks of one group.", autocompletion=complete.tasks)
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Lists every task: what it asks, how it is scored, and its parameters with their defaults.

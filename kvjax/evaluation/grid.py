@@ -1,22 +1,26 @@
 """A leaderboard from one file: models' caches under (policies x budgets) on (tasks x lengths) under protocols.
 
     name: leaderboard
-    model: gemma3-270m
+    model: gemma3-270m           # or several: [gemma3-270m, ./my-checkpoint]
     policies: [int8, kivi, snapkv, "snapkv | kivi(bits=4)"]
     sizes: [50, 25]              # percent of the full cache's bytes, for policies without a budget of their own
     protocols: [agnostic]
     tasks:
       - {task: niah_single_1, context: [1000, 2000], count: 4}
       - {task: ppl, context: 2000}
+      - {task: longbench, path: data/longbench}      # a benchmark's published files; relative to this file
 
-Every task at every length under every protocol is a job with a folder of its own. Processes that run the same grid in
-the same folder share the jobs: each takes what no other has taken. A process that is killed leaves its job to the next.
+Every task at every length under every protocol, for every model, is a job with a folder of its own. Processes that run
+the same grid in the same folder share the jobs: each takes what no other has taken. A process that is killed leaves its
+job to the next.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
+import difflib
+import functools
 import itertools
 import json
 import pathlib
@@ -50,6 +54,7 @@ FILE, HEADS, LOG, LOCK = "grid.json", "heads.json", "log.jsonl", ".lock"
 HEAD_SAMPLES = 4  # Prompts over which heads are looked at.
 DEFAULT_PROTOCOLS = ("agnostic",)
 DTYPES = ("float32", "bfloat16", "float16")
+FILES = {"path", "haystack"}  # Parameters of tasks that name a file or a folder.
 Notes = Callable[[str], None]
 
 
@@ -64,7 +69,7 @@ class Grid:
     Attributes:
       name: Of the folder of results.
       title: Of the report.
-      model: As `kvjax.load` takes it. dtype: Of parameters and cache; None for the machine's default.
+      models: As `kvjax.load` takes them. dtype: Of parameters and caches; None for the machine's default.
       policies: The full cache first.
       tasks: One for every task and length.
       protocols: "aware", "agnostic" or both; tasks without a question are agnostic.
@@ -74,7 +79,7 @@ class Grid:
 
     name: str
     title: str
-    model: str
+    models: tuple[str, ...]
     policies: tuple[Policy, ...]
     tasks: tuple[Task, ...]
     dtype: str | None = None
@@ -87,7 +92,7 @@ class Grid:
         return {
             "name": self.name,
             "title": self.title,
-            "model": self.model,
+            "models": list(self.models),
             "dtype": self.dtype,
             "policies": [str(policy) for policy in self.policies],
             "tasks": [task.resolved() for task in self.tasks],
@@ -99,14 +104,18 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One task under one protocol, ready to run.
+    """One task under one protocol for one model, ready to run.
 
     Attributes:
+      name: Its folder's, within the run's.
+      model: As the grid names it.
       task, settings, cases: What is asked of whom.
       folder: Its results'. config: Its resolved configuration.
       left_out: Policies that cannot serve it, and why.
     """
 
+    name: str
+    model: str
     task: Task
     settings: Settings
     cases: Sequence[Case]
@@ -146,19 +155,23 @@ def read_grid(path: pathlib.Path) -> Grid:
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise GridError(f"Cannot read the grid {path}: there is no such file.") from None
+        beside = [other.name for other in sorted(path.parent.glob("*")) if other.suffix in (".yaml", ".yml")]
+        close = difflib.get_close_matches(path.name, beside, n=1)
+        meant = f" Did you mean {path.parent / close[0]}?" if close else ""
+        raise GridError(f"Cannot read the grid {path}: there is no such file.{meant}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise GridError(f"Cannot read the grid {path}: {error}") from None
-    return make_grid(given, path.stem, str(path))
+    return make_grid(given, path.stem, str(path), path.parent)
 
 
-def make_grid(given: Any, name: str, where: str = "The grid") -> Grid:
+def make_grid(given: Any, name: str, where: str = "The grid", beside: pathlib.Path = pathlib.Path()) -> Grid:
     """A grid from what its file says.
 
     Args:
       given: A mapping, see above.
       name: If it has none of its own.
       where: For messages.
+      beside: The folder that paths of tasks' files and folders start from.
 
     Raises:
       ValueError: As `read_grid`.
@@ -169,6 +182,8 @@ def make_grid(given: Any, name: str, where: str = "The grid") -> Grid:
         if key not in KEYS:
             raise GridError(f"{where}: there is no setting {key!r}. {nearest(str(key), KEYS)}")
         kind = KEYS[key]
+        if key == "model" and isinstance(value, list) and all(isinstance(one, str) for one in value):
+            continue
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             kinds = {str: "text", list: "a list", int: "a whole number", bool: "true or false"}
             raise GridError(f"{where}: {key} is {kinds[kind]}, got {value!r}.")
@@ -186,17 +201,30 @@ def make_grid(given: Any, name: str, where: str = "The grid") -> Grid:
     return Grid(
         name=given.get("name", name),
         title=given.get("title", given.get("name", name)),
-        model=given["model"],
+        models=_models(given["model"], where),
         dtype=given.get("dtype"),
         policies=parse_policies("; ".join(map(str, given["policies"])), [size / 100 for size in sizes]),
-        tasks=tuple(task for entry in given["tasks"] for task in _tasks(entry, where)),
+        tasks=tuple(task for entry in given["tasks"] for task in _tasks(entry, where, beside)),
         protocols=protocols,
         tokens=given.get("continuation", 16),
         speed=given.get("speed", True),
     )
 
 
-def _tasks(entry: Any, where: str) -> list[Task]:
+def _models(given: str | list[str], where: str) -> tuple[str, ...]:
+    models = (given,) if isinstance(given, str) else tuple(given)
+    short = [short_name(model) for model in models]
+    if twice := [model for model, name in zip(models, short, strict=True) if short.count(name) > 1]:
+        raise GridError(f"{where}: {' and '.join(twice)} would have one folder for their results; their names differ.")
+    return models
+
+
+def short_name(model: str) -> str:
+    """Of a model: the last part of its path or hub name, without a checkpoint's ending."""
+    return pathlib.PurePath(model).name.removesuffix(".gguf")
+
+
+def _tasks(entry: Any, where: str, beside: pathlib.Path) -> list[Task]:
     """The tasks of one entry: a name, or a mapping with `task` (a name or several, of tasks or of groups), parameters
     and one or more lengths (`context`)."""
     entry = {"task": entry} if isinstance(entry, str) else entry
@@ -205,15 +233,22 @@ def _tasks(entry: Any, where: str) -> list[Task]:
     if not isinstance(entry, dict) or not all(isinstance(name, str) for name in names):
         raise GridError(f"{where}: a task is a name, or a mapping such as {{task: needle, context: [1000, 2000]}}.")
     parameters = {key: value for key, value in entry.items() if key not in ("task", "context")}
+    for key in FILES & set(parameters):
+        parameters[key] = str(beside / str(parameters[key]))
     lengths = entry.get("context")
     lengths = lengths if isinstance(lengths, list) else [lengths]
     found = []
     for name, length in itertools.product(names, lengths):
         try:
-            found += make_tasks(str(name), **_given(context=length), **parameters)
+            found += make_tasks(_beside(str(name), beside), **_given(context=length), **parameters)
         except ValueError as error:
             raise GridError(f"{where}: task {name}: {error}") from None
     return found
+
+
+def _beside(name: str, folder: pathlib.Path) -> str:
+    """A task's name; of a file of JSON lines its path."""
+    return str(folder / name) if pathlib.PurePath(name).suffix and (folder / name).is_file() else name
 
 
 def _given(**values: Any) -> dict[str, Any]:
@@ -223,17 +258,32 @@ def _given(**values: Any) -> dict[str, Any]:
 # Jobs
 
 
-def prepare(model: Model, grid: Grid, folder: pathlib.Path) -> list[Job]:
+def prepare(load: Callable[[str], Model], grid: Grid, folder: pathlib.Path) -> list[Job]:
     """Makes every job's samples and checks them; policies that cannot serve a job are left out of it.
 
+    Args:
+      load: A model by its name in the grid; asked for one after the other.
+      grid: What is run.
+      folder: Of the run.
+
     Raises:
-      ValueError: A task cannot be made for the model, a sample is too long for it, or two jobs would share a folder.
+      ValueError: A task cannot be made for a model, a sample is too long for it, or two jobs would share a folder.
     """
+    several = len(grid.models) > 1
+    return [
+        job
+        for name in grid.models
+        for job in _jobs(load(name), name, grid, folder, short_name(name) if several else "")
+    ]
+
+
+def _jobs(model: Model, name: str, grid: Grid, folder: pathlib.Path, own: str) -> list[Job]:
+    """One model's, in its own folder within the run's."""
     jobs, timed = [], set()
     for task, protocol in itertools.product(grid.tasks, grid.protocols):
         settings = Settings(policies=grid.policies, protocol=protocol, tokens=grid.tokens, speed=False)  # type: ignore[arg-type]
         protocol = protocol_of(task, settings)
-        path = folder / "-".join(map(str, filter(None, (task.name, task.length, protocol))))
+        path = folder / own / "-".join(map(str, filter(None, (task.name, task.length, protocol))))
         if any(job.folder == path and job.task is task for job in jobs):
             continue  # A task without a question is the same under both protocols.
         if any(job.folder == path for job in jobs):
@@ -244,8 +294,9 @@ def prepare(model: Model, grid: Grid, folder: pathlib.Path) -> list[Job]:
         timed.add((task.length, protocol))
         settings = dataclasses.replace(settings, policies=fit, speed=speed)
         check(model, cases, settings)
-        config = resolved_config(grid.model, dtype_of(model), task, settings)
-        jobs.append(Job(task, settings, cases, path, config, {str(p): why for p, why in reasons.items()}))
+        config = resolved_config(name, dtype_of(model), task, settings)
+        left_out = {str(policy): why for policy, why in reasons.items()}
+        jobs.append(Job(path.relative_to(folder).as_posix(), name, task, settings, cases, path, config, left_out))
     return jobs
 
 
@@ -273,7 +324,7 @@ def _claimed(folder: pathlib.Path) -> Iterator[bool]:
 
 
 def run_grid(
-    model: Model,
+    load: Callable[[str], Model],
     grid: Grid,
     jobs: Sequence[Job],
     folder: pathlib.Path,
@@ -285,6 +336,8 @@ def run_grid(
     """Runs what has not been run yet.
 
     Args:
+      load: A model by its name in the grid; asked for one after the other.
+      grid: What is run.
       jobs: Of `prepare`.
       folder: Of the run.
       devices: With two or more, jobs run side by side, each on one of them with its own copy of the parameters.
@@ -306,11 +359,10 @@ def run_grid(
     with _claimed(folder) as free:
         if free:  # Of several processes one describes the run.
             write_json(folder / FILE, _about(grid, jobs))
-            _look_at_heads(model, jobs, folder)
     counts, lock = {}, threading.Lock()
-    waiting, elsewhere = list(jobs), []
+    elsewhere: list[Job] = []
 
-    def work(device: Any) -> None:
+    def work(model: Model, waiting: list[Job], device: Any) -> None:
         mine = model if device is None else dataclasses.replace(model, params=jax.device_put(model.params, device))
         with jax.default_device(device) if device else contextlib.nullcontext():
             while True:
@@ -327,18 +379,26 @@ def run_grid(
                     def advance(done: int, _: int, what: str, job: Job = job, start: int = len(rows)) -> None:
                         with lock:
                             counts[job.folder] = done - start
-                            progress(before + sum(counts.values()), total, f"{job.folder.name}: {what}")
+                            progress(before + sum(counts.values()), total, f"{job.name}: {what}")
 
                     if len(rows) < job.rows:
-                        _log(folder, {"event": "job", "job": job.folder.name, "rows": job.rows, "there": len(rows)})
+                        _log(folder, {"event": "job", "job": job.name, "rows": job.rows, "there": len(rows)})
                         run(mine, job.task, job.cases, job.settings, job.config, job.folder, rows, advance)
-                        _log(folder, {"event": "done", "job": job.folder.name, **_scores(job)})
+                        _log(folder, {"event": "done", "job": job.name, **_scores(job)})
 
-    if len(devices) < 2:
-        work(None)
-    else:
-        with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
-            list(pool.map(work, devices))
+    for name in grid.models:
+        own = [job for job in jobs if job.model == name]
+        if not unfinished(own):
+            continue
+        model = load(name)
+        with _claimed(own[0].folder.parent) as free:
+            if free:
+                _look_at_heads(model, own, own[0].folder.parent)
+        if len(devices) < 2:
+            work(model, own, None)
+        else:
+            with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
+                list(pool.map(functools.partial(work, model, own), devices))
     return len(elsewhere)
 
 
@@ -346,8 +406,8 @@ def _about(grid: Grid, jobs: Sequence[Job]) -> dict[str, Any]:
     resolved = grid.resolved()
     return resolved | {
         "hash": config_hash(resolved),
-        "jobs": [job.folder.name for job in jobs],
-        "left_out": {job.folder.name: dict(job.left_out) for job in jobs if job.left_out},
+        "jobs": [job.name for job in jobs],
+        "left_out": {job.name: dict(job.left_out) for job in jobs if job.left_out},
         "versions": versions(),
         "device": jax.devices()[0].device_kind,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

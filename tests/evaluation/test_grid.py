@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -41,9 +42,9 @@ def model():
 def ran(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     grid = make_grid(GRID, "small")
-    jobs = prepare(model, grid, folder)
+    jobs = prepare(lambda _: model, grid, folder)
     seen = []
-    assert run_grid(model, grid, jobs, folder, progress=lambda *now: seen.append(now)) == 0
+    assert run_grid(lambda _: model, grid, jobs, folder, progress=lambda *now: seen.append(now)) == 0
     return grid, jobs, folder, seen
 
 
@@ -143,23 +144,23 @@ def test_what_is_there_is_not_run_again(ran, model, monkeypatch):
     grid, jobs, folder, _ = ran
     before = rows_of(jobs)
     monkeypatch.setattr(grids, "run", None)
-    assert run_grid(model, grid, prepare(model, grid, folder), folder) == 0
+    assert run_grid(lambda _: model, grid, prepare(lambda _: model, grid, folder), folder) == 0
     assert rows_of(jobs) == before
 
 
 def test_an_interrupted_grid_goes_on(ran, model, tmp_path):
     grid, jobs, _, _ = ran
-    mine = prepare(model, grid, tmp_path)
+    mine = prepare(lambda _: model, grid, tmp_path)
 
     def stop(done: int, total: int, what: str) -> None:
         if done >= 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_grid(model, grid, mine, tmp_path, progress=stop)
+        run_grid(lambda _: model, grid, mine, tmp_path, progress=stop)
     left = unfinished(mine)
     assert 0 < left < sum(job.rows for job in mine)
-    run_grid(model, grid, mine, tmp_path)
+    run_grid(lambda _: model, grid, mine, tmp_path)
     timed = ("time", "compress_s", "decode_tokens_per_s")
     plain = [[{k: v for k, v in row.items() if k not in timed} for row in rows_of(of)] for of in (jobs, mine)]
     assert plain[0] == plain[1]
@@ -196,8 +197,8 @@ def test_who_looks_at_a_folder_leaves_alone_what_another_is_writing(tmp_path):
 
 def test_devices_share_the_jobs(ran, model, tmp_path):
     grid = make_grid(GRID | {"policies": ["full"], "sizes": []}, "small")
-    mine = prepare(model, grid, tmp_path)[:2]
-    run_grid(model, grid, mine, tmp_path, devices=jax.devices()[1:3])
+    mine = prepare(lambda _: model, grid, tmp_path)[:2]
+    run_grid(lambda _: model, grid, mine, tmp_path, devices=jax.devices()[1:3])
     whole = [row for row in rows_of(ran[1][:2]) if row["policy"] == "full"]
     for one, other in zip(whole, rows_of(mine), strict=True):
         assert one["score"] == other["score"] and one["nll"] == pytest.approx(other["nll"], abs=1e-4)
@@ -217,6 +218,10 @@ def test_devices_share_the_jobs(ran, model, tmp_path):
         ({"tasks": ["nedle"]}, "needle"),
         ({"tasks": [{"task": "needle", "contxt": 5}]}, "context"),
         ({"tasks": []}, "tasks is missing"),
+        ({"model": 3}, "model is text"),
+        ({"model": []}, "model is missing"),
+        ({"model": ["a/x", "b/x.gguf"]}, "a/x and b/x.gguf would have one folder"),
+        ({"tasks": [{"task": "qa_1", "path": "nowhere"}]}, "nowhere"),
         ({"policies": ["snapkvv"]}, "Did you mean snapkv"),
     ],
 )
@@ -225,16 +230,44 @@ def test_mistakes_are_named(change, message):
         make_grid(GRID | change, "small", "grid.yaml")
 
 
+def test_every_model_is_asked_the_same(model, tmp_path):
+    """One after the other, each in a folder of its own."""
+    grid = make_grid(GRID | {"model": ["tiny", "some/other.gguf"], "policies": ["full"], "sizes": []}, "two")
+    asked = []
+    load = lambda name: asked.append(name) or model  # noqa: E731
+    jobs = [job for job in prepare(load, grid, tmp_path) if job.task.name == "needle"]
+    names = [f"{name}/needle-140-{protocol}" for name in ("tiny", "other") for protocol in ("aware", "agnostic")]
+    assert [job.name for job in jobs] == names
+    run_grid(load, grid, jobs, tmp_path)
+    assert asked == ["tiny", "some/other.gguf"] * 2
+    assert json.loads((tmp_path / "grid.json").read_text())["jobs"] == names
+    one, other = rows_of(jobs[:2]), rows_of(jobs[2:])
+    assert {row["model"] for row in one} == {"tiny"} and {row["model"] for row in other} == {"some/other.gguf"}
+    assert [row["nll"] for row in one] == [row["nll"] for row in other]
+    assert all((tmp_path / name / "heads.json").exists() for name in ("tiny", "other"))
+
+
+def test_files_of_tasks_lie_beside_the_grid(tmp_path):
+    (tmp_path / "data").mkdir()
+    shutil.copy(ROOT / "tests" / "data" / "tasks" / "longbench" / "trec.jsonl", tmp_path / "data")
+    (tmp_path / "mine.jsonl").write_text('{"context_ids": [3, 4], "question_ids": [5], "answer_ids": [6]}')
+    tasks = [{"task": "longbench_trec", "path": "data"}, "mine.jsonl"]
+    (tmp_path / "grid.yaml").write_text(json.dumps(GRID | {"tasks": tasks}))
+    assert [task.name for task in read_grid(tmp_path / "grid.yaml").tasks] == ["longbench_trec", "mine.jsonl"]
+
+
 def test_two_jobs_do_not_share_a_folder(model, tmp_path):
     grid = make_grid(GRID | {"tasks": [{"task": "needle", "context": 140}, {"task": "needle", "context": 140}]}, "x")
     with pytest.raises(ValueError, match="Two tasks are called needle-140"):
-        prepare(model, grid, tmp_path)
+        prepare(lambda _: model, grid, tmp_path)
 
 
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match="Cannot read the grid .*no such file"):
         read_grid(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ValueError, match=r"no such file. Did you mean .*/list.yaml\?"):
+        read_grid(tmp_path / "lists.yaml")
     with pytest.raises(ValueError, match="a grid is a mapping"):
         read_grid(tmp_path / "list.yaml")
 
