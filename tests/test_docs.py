@@ -16,6 +16,12 @@ def test_method_table_is_up_to_date():
     assert (ROOT / "docs" / "methods.md").read_text() == table(), "run python scripts/make_method_table.py"
 
 
+def test_every_method_was_measured():
+    made = runpy.run_path(str(ROOT / "scripts" / "make_method_table.py"))
+    rows = made["measured_rows"]()
+    assert [name for name in kvjax.methods() if not made["measured"](name, rows)] == []
+
+
 def code_blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
