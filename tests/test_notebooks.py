@@ -1,5 +1,6 @@
 """Notebooks run from top to bottom, on the tiny model, and are stored without what they print."""
 
+import importlib.util
 import json
 import os
 import re
@@ -21,6 +22,26 @@ def cells(path: Path) -> list[dict]:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_are_stored_clean(path):
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells(path))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_kvjax_is_installed_from_what_lies_beside(path, tmp_path, monkeypatch):
+    """From nowhere else: no registry is asked for a package of this name."""
+    install = "".join(cells(path)[0]["source"]).partition("\n\nMODEL")[0]
+    found = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: found.append(command[-1].removesuffix("[gemma]")))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="pip wheel --no-deps"):
+        exec(install, {})
+    (tmp_path / "kvjax" / "kvjax" / "methods").mkdir(parents=True)
+    exec(install, {})
+    (tmp_path / "kvjax-1.0-py3-none-any.whl").touch()
+    exec(install, {})
+    monkeypatch.chdir(path.parent)
+    exec(install, {})
+    places = tmp_path / "kvjax", tmp_path / "kvjax-1.0-py3-none-any.whl", path.parents[2]
+    assert found == [str(place) for place in places]
 
 
 @pytest.mark.slow
