@@ -9,6 +9,15 @@ interrupted run goes on where it stopped. Writes, per protocol, `results.json` (
 `pareto.png`, and one `table.md`: methods by size, and the orderings of the papers. About 25 minutes on two CPU cores.
 The same for a few policies: `kvjax compare --model tiny --context 1000 --needles 4 --policies "cake;
 snapkv" --sizes 50,25,12.5,6.25`.
+
+Measured (docs/measured/all_methods/table.md; `--samples 2 --questions 4 --protocols aware`, under an hour), answered of
+four questions at a quarter of the bytes:
+
+    keydiff, expected_attention, quest, tidaldecode    4/4
+    adakv, locret                                      3/4
+    chunkkv, cake                                      2/4
+    snapkv, pyramidkv, streaming_llm, window           1/4
+    h2o, tova, knorm, d2o, random                      0/4
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Which policy keeps a needle, at which budget, and does it matter whether the question is known before compression?
 
-    python experiments/needles_by_budget.py --out experiments/results/needles_by_budget
+    python experiments/needles_by_budget.py --out results/needles_by_budget
 
 Twelve recorded prompts of 2,000 tokens with one number to find (`tests/data/needles_gemma3_270m.json`), Gemma 3 270M,
 every eviction rule at a half, a quarter and a tenth of the full-attention layers' cache, both protocols. One prefill

@@ -7,6 +7,12 @@ Then the same number of heads keeps everything: those with the highest gates, th
 one; each answers needle questions about compressed contexts. Writes `gates.tsv`, which
 `duo_attention("gates.tsv")` reads, `gates.png`, the run (Orbax checkpoints, log) and `table.md`. About ten minutes
 for the house model on two CPU cores.
+
+Measured (docs/measured/duo_tiny.md; `--steps 60 --needles 8`), a quarter of the heads keeps everything:
+
+    those with the highest gates       100 % of the needles
+    every other                          0 %
+    those with the lowest gates          0 %
 """
 
 import argparse
