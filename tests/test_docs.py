@@ -2,11 +2,16 @@
 
 import re
 import runpy
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+import typer.testing
 
 import kvjax
+from kvjax.cli import app
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,6 +37,24 @@ def test_readme_policies_can_be_built():
     assert policies
     for text in policies:
         kvjax.parse_policy(text.replace("\\|", "|"))
+
+
+@pytest.mark.slow
+def test_commands_of_the_readme_would_run(gemma, tmp_path, monkeypatch):
+    """All that compare and evaluate, with what they name, up to the first computation."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(kvjax, "load", lambda name, dtype=None: kvjax.model.load(name) if name == "tiny" else gemma)
+    Path("configs").symlink_to(ROOT / "configs")
+    shutil.copytree(ROOT / "tests" / "data" / "tasks" / "longbench", "data/longbench")
+    ran = 0
+    for line in "".join(code_blocks("bash")).splitlines():
+        if line.startswith("echo "):
+            subprocess.run(line, shell=True, check=True)
+        elif line.startswith(("kvjax compare", "kvjax eval")):
+            done = typer.testing.CliRunner().invoke(app, [*shlex.split(line.split("  #")[0])[1:], "--dry-run"])
+            assert done.exit_code == 0, f"{line}: {done.output}"
+            ran += 1
+    assert ran > 4
 
 
 @pytest.mark.slow

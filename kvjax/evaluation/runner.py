@@ -81,8 +81,8 @@ def run(
         observed = see(model, [prompt], settings.policies)
         for case in group:
             if case.shape not in warm and len(settings.policies) <= TOGETHER:
-                progress(len(rows), total, "compiling")
-                _compile(model, observed, task, case, settings)
+                for done in _compile(model, observed, task, case, settings):
+                    progress(len(rows), total, f"compiling {done} of {len(settings.policies)} policies")
                 warm.add(case.shape)
             if not rows:
                 write_json(folder / KEPT, who_stays(model, observed, case, settings.policies))
@@ -142,8 +142,10 @@ def _decode_seconds(model: Model, observed: Observed, case: Case, policy: Policy
     return greedy(model, asked.cache, asked.logits, settings.tokens)[1]
 
 
-def _compile(model: Model, observed: Observed, task: Task, case: Case, settings: Settings) -> None:
-    """Runs every policy once. One compilation keeps one core busy, so several run at a time."""
+def _compile(model: Model, observed: Observed, task: Task, case: Case, settings: Settings) -> Iterator[int]:
+    """Runs every policy once, and says before each which it is. One compilation keeps one core busy, so several run at
+    a time."""
+    yield 1
     _, path = measure(model, observed, task, case, settings.policies[0], None)
 
     def once(policy: Policy) -> None:
@@ -152,4 +154,7 @@ def _compile(model: Model, observed: Observed, task: Task, case: Case, settings:
             _decode_seconds(model, observed, case, policy, settings)
 
     with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, COMPILERS)) as pool:
-        list(pool.map(once, settings.policies))
+        running = [pool.submit(once, policy) for policy in settings.policies]
+        for done, one in enumerate(concurrent.futures.as_completed(running), 1):
+            one.result()
+            yield min(done + 1, len(running))
