@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
-import functools
 import itertools
 import json
 import pathlib
@@ -359,7 +358,7 @@ def run_grid(
     with _claimed(folder) as free:
         if free:  # Of several processes one describes the run.
             write_json(folder / FILE, _about(grid, jobs))
-    counts, lock = {}, threading.Lock()
+    counts, lock, stopped = {}, threading.Lock(), threading.Event()
     elsewhere: list[Job] = []
 
     def work(model: Model, waiting: list[Job], device: Any) -> None:
@@ -377,6 +376,8 @@ def run_grid(
                     rows = read_rows(job.folder, job.config)
 
                     def advance(done: int, _: int, what: str, job: Job = job, start: int = len(rows)) -> None:
+                        if stopped.is_set():
+                            raise concurrent.futures.CancelledError
                         with lock:
                             counts[job.folder] = done - start
                             progress(before + sum(counts.values()), total, f"{job.name}: {what}")
@@ -398,7 +399,12 @@ def run_grid(
             work(model, own, None)
         else:
             with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
-                list(pool.map(functools.partial(work, model, own), devices))
+                running = [pool.submit(work, model, own, device) for device in devices]
+                try:
+                    for one in concurrent.futures.as_completed(running):
+                        one.result()
+                finally:  # An error or Ctrl-C: the others stop at their next row, which is kept.
+                    stopped.set()
     return len(elsewhere)
 
 

@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import pathlib
 import shutil
+import threading
+import time
 
 import jax
 import numpy as np
@@ -202,6 +204,27 @@ def test_devices_share_the_jobs(ran, model, tmp_path):
     whole = [row for row in rows_of(ran[1][:2]) if row["policy"] == "full"]
     for one, other in zip(whole, rows_of(mine), strict=True):
         assert one["score"] == other["score"] and one["nll"] == pytest.approx(other["nll"], abs=1e-4)
+
+
+def test_devices_stop_together(model, tmp_path, monkeypatch):
+    """What goes wrong on one device does not wait for all that the others have left."""
+    grid = make_grid(GRID | {"policies": ["full"], "sizes": []}, "small")
+    ran, broken = [], threading.Event()
+
+    def run(model, task, cases, settings, config, folder, rows, progress):
+        ran.append(folder)
+        if len(ran) == 1:
+            broken.wait(60)
+            raise OSError("The disk is full.")
+        for done in range(6000):
+            broken.set()
+            time.sleep(0.01)
+            progress(done, 6000, "")
+
+    monkeypatch.setattr(grids, "run", run)
+    with pytest.raises(OSError, match="disk is full"):
+        run_grid(lambda _: model, grid, prepare(lambda _: model, grid, tmp_path), tmp_path, devices=jax.devices()[1:3])
+    assert len(ran) == 2
 
 
 @pytest.mark.parametrize(
