@@ -70,7 +70,10 @@ ABOUT = {
     ),
     "zeroscrolls": (
         "[ZeroSCROLLS](https://arxiv.org/abs/2305.14196): rows hold their prompts. Answers are published for the "
-        "validation split alone. ROUGE without stemming."
+        "validation split alone. ROUGE is that of SCROLLS: not stemmed, of several references the best for each of "
+        "ROUGE-1, 2 and L. Rows hold all three; their `score` is the sample's geometric mean. The published number is "
+        'the geometric mean of the three means: `kvjax.evaluation.aggregate("rouge_geometric", rows)` of a policy\'s '
+        "rows."
     ),
     "longmemeval": (
         "[LongMemEval](https://arxiv.org/abs/2410.10813). Its judge, a language model, is **not run**: the score "

@@ -5,6 +5,8 @@ A metric is a function of what was written, the references and the sample's info
 
 import collections
 import difflib
+import functools
+import math
 import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +20,7 @@ CHINESE_PUNCTUATION = (
     "～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
 )
 LETTERS = "ABCD"
+ROUGES = {"rouge1": functools.partial(rouge_n, n=1), "rouge2": functools.partial(rouge_n, n=2), "rougeL": rouge_lcs}
 
 
 def best(score: Callable[[str, str], float]) -> Metric:
@@ -265,12 +268,18 @@ def code_similarity(prediction: str, reference: str) -> float:
     return int(round(100 * difflib.SequenceMatcher(None, line, reference).ratio())) / 100
 
 
-def rouge_geometric(prediction: str, reference: str) -> float:
-    """Geometric mean of ROUGE-1, 2 and L (ZeroSCROLLS, whose own stems words first; this does not)."""
-    one, two, longest = rouge_n(prediction, reference, 1), rouge_n(prediction, reference, 2), 0.0
-    if one and two:
-        longest = rouge_lcs(prediction, reference)
-    return (one * two * longest) ** (1 / 3)
+def rouge_parts(prediction: str, references: tuple[str, ...], info: Mapping[str, Any]) -> dict[str, float]:
+    """F1 of ROUGE-1, 2 and L without stemming, each for the reference that is best for it (SCROLLS' scrolls.py)."""
+    return {name: max(rouge(prediction, text) for text in references) for name, rouge in ROUGES.items()}
+
+
+def rouge_geometric(prediction: str, references: tuple[str, ...], info: Mapping[str, Any]) -> float:
+    """Geometric mean of a sample's `rouge_parts`. SCROLLS takes it of the data set's means only: see `aggregate`."""
+    return _geometric(rouge_parts(prediction, references, info))
+
+
+def _geometric(parts: Mapping[str, float]) -> float:
+    return math.prod(parts.values()) ** (1 / len(parts))
 
 
 def percentage_similarity(prediction: str, reference: str) -> float:
@@ -350,12 +359,40 @@ OF_CHINESE_WORDS = ("qa_f1_zh", "rouge_zh")
 METRICS: dict[str, Metric] = {
     **_all(string_match_all, string_match_part, contains, word, word_in_capitals, text_match),
     **_all(first_integer, first_number, last_integer, numbers_from_the_start),
-    **_all(choice, code_choice, first_letter, classification, by_turn),
+    **_all(choice, code_choice, first_letter, classification, by_turn, rouge_geometric),
     **_all(numbered_numbers, numbered_letters, completion_rate),
-    **_best_of((qa_f1, exact_match, qa_f1_characters, qa_f1_zh, rouge_zh, rouge_l, rouge_l_sum, rouge_geometric)),
+    **_best_of((qa_f1, exact_match, qa_f1_characters, qa_f1_zh, rouge_zh, rouge_l, rouge_l_sum)),
     **_best_of((retrieval, retrieval_zh, code_similarity, percentage_similarity, concordance)),
     "count": best(share_of_numbers),
     "classification_first_line": first_line(classification),
     "qa_f1_first_line": first_line(best(qa_f1)),
     "rouge_l_first_line": first_line(best(rouge_l)),
 }
+
+
+def scores(metric: str, prediction: str, references: tuple[str, ...], info: Mapping[str, Any]) -> dict[str, float]:
+    """A row's `score`; of "rouge_geometric" also the three parts that `aggregate` takes the means of."""
+    if metric == "rouge_geometric":
+        parts = rouge_parts(prediction, references, info)
+        return {"score": _geometric(parts)} | parts
+    return {"score": METRICS[metric](prediction, references, info)}
+
+
+# Over many samples
+
+
+def aggregate(metric: str, rows: Sequence[Mapping[str, Any]]) -> float:
+    """What a benchmark publishes of a data set, from 0 to 1.
+
+    That is the mean of scores, but for ROUGE in SCROLLS and ZeroSCROLLS: the geometric mean of the means of ROUGE-1, 2
+    and L, which is at least as large as the mean of the samples' geometric means.
+
+    Args:
+      metric: In `METRICS`.
+      rows: Of one policy and one task.
+    """
+
+    def mean(key: str) -> float:
+        return sum(row[key] for row in rows) / len(rows)
+
+    return _geometric({key: mean(key) for key in ROUGES}) if metric == "rouge_geometric" else mean("score")

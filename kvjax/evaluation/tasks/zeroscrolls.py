@@ -1,9 +1,11 @@
 """ZeroSCROLLS' ten tasks (arXiv 2305.14196) from its files, whose rows hold the whole prompt.
 
 Answers are published for the validation split alone (about twenty rows a task), so results are no leaderboard's. Too
-long documents lose their end and get the benchmark's note on that, as in its own code. ROUGE is taken without stemming;
-choices, percentages and orders are read from what was written as `metrics` says. Data:
-https://huggingface.co/datasets/tau/zero_scrolls.
+long documents lose their end and get the benchmark's note on that, as in its own code. Its evaluator is not published;
+ROUGE is that of SCROLLS, by the same authors (metrics/scrolls.py of https://huggingface.co/datasets/tau/scrolls). A row
+has ROUGE-1, 2 and L, and their geometric mean as its score; the published number, which is made of their means over
+samples, comes from `metrics.aggregate`. Choices, percentages and orders are read from what was written as `metrics`
+says. Data: https://huggingface.co/datasets/tau/zero_scrolls.
 """
 
 from kvjax.evaluation.tasks.base import Entry
