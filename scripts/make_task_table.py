@@ -82,7 +82,10 @@ ABOUT = {
     ),
     "longgenbench": (
         "[LongGenBench](https://arxiv.org/abs/2410.04199): many answers in one text. Solved examples come from a "
-        "file (`examples`); instructions are in our own words."
+        "file (`examples`); instructions are in our own words. Numbers of questions are those of the "
+        "[authors' scripts](https://github.com/Dominic789654/LongGenBench): 35 of GSM8K in each of 20 texts, 20 of "
+        "each of MMLU's subjects. Answers that were not written are wrong; there they are left out of GSM8K's count, "
+        "and asked for again in MMLU."
     ),
     "longgenbench_plans": (
         "[The other LongGenBench](https://arxiv.org/abs/2409.02076), *Spinning the Golden Thread*. Its judge is "

@@ -314,17 +314,21 @@ def by_turn(prediction: str, references: tuple[str, ...], info: Mapping[str, Any
 
 
 def numbered_numbers(prediction: str, references: tuple[str, ...], info: Mapping[str, Any]) -> float:
-    """Share of the references whose last number is that of the answer in the same place (LongGenBench's GSM8K)."""
+    """Share of the references whose last number is that of the answer in the same place (LongGenBench's GSM8K).
 
-    def last(text: str) -> str | None:
-        return next(iter(re.findall(r"\d*\.?\d+", text.replace(",", ""))[::-1]), None)
-
-    return _by_place(prediction, references, last)
+    As there, commas are taken out of what was written alone: of a reference "1,502" the number is 502.
+    """
+    return _by_place(prediction.replace(",", ""), references, lambda text: _last(r"\d*\.?\d+", text))
 
 
 def numbered_letters(prediction: str, references: tuple[str, ...], info: Mapping[str, Any]) -> float:
     """Share of the references whose last A, B, C or D is that of the answer in the same place (LongGenBench's MMLU)."""
-    return _by_place(prediction, references, lambda text: next(iter(re.findall("[A-D]", text)[::-1]), None))
+    return _by_place(prediction, references, lambda text: _last("[A-D]", text))
+
+
+def _last(pattern: str, text: str) -> str | None:
+    found = re.findall(pattern, text)
+    return found[-1] if found else None
 
 
 def _by_place(prediction: str, references: tuple[str, ...], last: Callable[[str], str | None]) -> float:

@@ -188,12 +188,17 @@ def test_many_answers_of_gsm8k():
     assert score("Answer_6:\nSo 6.\n\nAnswer_7:\nThe answer is 1502.", second.references, {}) == 1.0
     assert score("Answer_6:\nThe answer is 7.\n\nAnswer_7:\n1,502", second.references, {}) == 0.5
     assert score("Answer_6:\n6", second.references, {}) == 0.5 and score("6", second.references, {}) == 0.0
+    # The benchmark takes commas out of what was written, and not out of the reference.
+    assert score("Answer_6:\n1,502", ("#### 1,502",), {}) == 0.0 and score("Answer_6:\n502", ("#### 1,502",), {}) == 1.0
+    authors = make_task("longgenbench_gsm8k", **GSM8K)
+    assert (authors.questions, authors.count) == (35, 20) and len(authors.samples(MODEL)) == 1
     assert len(make_task("longgenbench_gsm8k", **GSM8K, count=1).samples(MODEL)) == 1
 
 
 def test_many_answers_of_mmlu(tmp_path):
     task = make_task("longgenbench_mmlu", **MMLU)
     (sample,) = task.samples(MODEL)
+    assert task.questions == 20
     assert "questions about anatomy.\n\nExamples: \nQuestion_1:\nWhich is an organ?\n(A) Liver" in prompt(sample)
     assert read(sample.question_ids) == (
         "Question_2:\nWhere is the heart?\n(A) In the chest, left(B) Head(C) Foot(D) Hand\n\n"

@@ -29,8 +29,11 @@ SUBJECT = "All are multiple choice questions about {subject}.\n\n"
 class ManyAnswers:
     """K questions, all of which are to be answered in one text; the share that is right is scored.
 
-    An answer counts in the place where it stands, and by its last number or letter, as in the benchmark. Answers that
-    were not written are wrong (for GSM8K the benchmark leaves them out of the count).
+    An answer counts in the place where it stands, and by its last number or letter, as in the benchmark
+    (https://github.com/Dominic789654/LongGenBench). Answers that were not written are wrong. There they are left out of
+    the count of GSM8K; of MMLU they are asked for again, as often as it takes, and of the answers only those to the
+    last request count. Where an answer holds no number or letter, the benchmark reads one from a label in its log (its
+    place, or "A"); here it is wrong.
 
     Attributes:
       name: Of the task.
@@ -39,8 +42,9 @@ class ManyAnswers:
       path: Of GSM8K's test.jsonl or its folder; of MMLU's folder that holds the files, or `test` with them.
       examples: Solved examples: for GSM8K a text of "Question_1:" ... "Answer_8:", for MMLU a JSON object of texts with
         "Q:" and "A:" by subject (the benchmark's LongGenBench_prompt.txt and .json).
-      questions: K.
-      count: Number of texts; default: all of GSM8K, one for each of MMLU's subjects.
+      questions: K: the authors' scripts take 35 of GSM8K and 20 of MMLU, and so do the tasks.
+      count: Number of texts; default: 20 of GSM8K, whose first 700 questions the authors ask, and one for each of
+        MMLU's subjects.
       tokens: Written at most.
     """
 
@@ -49,7 +53,7 @@ class ManyAnswers:
     metric: Metric
     path: str
     examples: str
-    questions: int = 30
+    questions: int
     count: int | None = None
     tokens: int = 4096
     group: str = dataclasses.field(default="longgenbench", init=False)
@@ -193,12 +197,14 @@ TASKS = {
         group="longgenbench",
         about="answers many questions of GSM8K in one text (path of test.jsonl, examples: path of solved ones)",
         fixed={"name": "longgenbench_gsm8k", "data": "gsm8k", "metric": "numbered_numbers"},
+        defaults={"questions": 35, "count": 20},
     ),
     "longgenbench_mmlu": Entry(
         kind=ManyAnswers,
         group="longgenbench",
         about="answers many questions of MMLU in one text (path of its folder, examples: path of solved ones)",
         fixed={"name": "longgenbench_mmlu", "data": "mmlu", "metric": "numbered_letters"},
+        defaults={"questions": 20},
     ),
     # Its judge, a language model, is not run: whether units hold what they should is not known. There is no reference
     # text either, so likelihood is that of the second unit's heading.
