@@ -31,6 +31,21 @@ under its published name).
 - Prompts are those for base models; chat templates are not applied. Where a prompt ends in a space, the space belongs
   to the answer's first token if the tokenizer reads it so.
 - *No default* marks what must be given.
+
+## Judges
+
+Some benchmarks let a language model judge what was written. kvjax runs none: it writes answers as the benchmark's own
+judge reads them.
+
+```python
+import json, pathlib
+from kvjax.evaluation import export_predictions
+
+rows = json.loads(pathlib.Path("out/results.json").read_text())  # Of `kvjax compare --task ... --out out`.
+mine = [row for row in rows if row["policy"] == "snapkv(0.25)"]
+export_predictions(mine, "hypotheses.jsonl", "longmemeval")  # For LongMemEval's src/evaluation/evaluate_qa.py.
+export_predictions(mine, "plans.json", "longgenbench_plans")  # For LongGenBench's Evalution/eval.py.
+```
 """
 ABOUT = {
     "needle": (
@@ -78,7 +93,13 @@ ABOUT = {
     "longmemeval": (
         "[LongMemEval](https://arxiv.org/abs/2410.10813). Its judge, a language model, is **not run**: the score "
         "says whether the expected answer stands in what was written. Abstention and preference questions, which "
-        "only a judge can score, are left out."
+        "only a judge can score, are left out: `longmemeval_judged` has them. Rows say `question_id`."
+    ),
+    "longmemeval_judged": (
+        "All questions of [LongMemEval](https://arxiv.org/abs/2410.10813), written and **not scored**: "
+        '`export_predictions(rows, path, "longmemeval")` writes the file that its own '
+        "[judge](https://github.com/xiaowu0162/LongMemEval) reads. The likelihood in a row is that of the reference: "
+        "of preferences a rubric, of abstention an explanation."
     ),
     "longgenbench": (
         "[LongGenBench](https://arxiv.org/abs/2410.04199): many answers in one text. Solved examples come from a "
@@ -89,7 +110,9 @@ ABOUT = {
     ),
     "longgenbench_plans": (
         "[The other LongGenBench](https://arxiv.org/abs/2409.02076), *Spinning the Golden Thread*. Its judge is "
-        "**not run**: the score is the completion rate alone, not whether units hold what they should."
+        "**not run**: the score is the completion rate alone, not whether units hold what they should. "
+        '`export_predictions(rows, path, "longgenbench_plans")` writes the file that its '
+        "[judge](https://github.com/mozhu621/LongGenBench) reads; rows keep the checks."
     ),
 }
 

@@ -8,6 +8,7 @@ from kvjax.evaluation.cases import (
     resolved_config as resolved_config,
     servable as servable,
 )
+from kvjax.evaluation.export import export_predictions as export_predictions
 from kvjax.evaluation.metrics import aggregate as aggregate
 from kvjax.evaluation.report import (
     answered as answered,

@@ -375,7 +375,12 @@ METRICS: dict[str, Metric] = {
 
 
 def scores(metric: str, prediction: str, references: tuple[str, ...], info: Mapping[str, Any]) -> dict[str, float]:
-    """A row's `score`; of "rouge_geometric" also the three parts that `aggregate` takes the means of."""
+    """A row's `score`; of "rouge_geometric" also the three parts that `aggregate` takes the means of.
+
+    "judge" stands for a judge that is not run here: there is no score.
+    """
+    if metric == "judge":
+        return {}
     if metric == "rouge_geometric":
         parts = rouge_parts(prediction, references, info)
         return {"score": _geometric(parts)} | parts

@@ -1,6 +1,7 @@
 """Benchmarks from small files in their published formats: the published prompts, and gold answers that are right."""
 
 import importlib.util
+import json
 import pathlib
 
 import pytest
@@ -163,11 +164,19 @@ def test_longmemeval():
         '[{"role": "user", "content": "Hello again."}, {"role": "assistant", "content": "Hello!"}]\n'
         "\n\nCurrent Date: 2023/05/30 (Tue) 23:40\nQuestion: Which car do I drive?\nAnswer:"
     )
-    assert second.references == ("1",) and first.info == {"type": "single-session-user"}
+    assert second.references == ("1",) and first.info == {"type": "single-session-user", "question_id": "q1"}
     assert gold(task, first) == gold(task, second) == 1.0
     (only,) = make_task("longmemeval_oracle", path=str(FILES), count=1, context=300, tokens=100).samples(MODEL)
     assert only.question_ids == first.question_ids and len(only.context_ids + only.question_ids) == 200
     assert first.context_ids[: len(only.context_ids)] == only.context_ids
+
+
+def test_longmemeval_for_its_judge():
+    task = make_task("longmemeval_judged_oracle", path=str(FILES))
+    samples = task.samples(MODEL)
+    published = json.loads((FILES / "longmemeval_oracle.json").read_text())
+    assert [sample.info["question_id"] for sample in samples] == [row["question_id"] for row in published]
+    assert {"q2_abs", "q3"} <= {sample.info["question_id"] for sample in samples} and task.metric == "judge"
 
 
 GSM8K = {"path": str(FILES / "longgenbench"), "examples": str(FILES / "longgenbench" / "LongGenBench_prompt.txt")}

@@ -65,10 +65,11 @@ class Task(Protocol):
 
     @property
     def metric(self) -> Metric:
-        """How answers are judged: "exact", "perplexity", or a name in `metrics.METRICS`.
+        """How answers are judged: "exact", "perplexity", "drift", "judge", or a name in `metrics.METRICS`.
 
         "exact": greedy decoding would write exactly one of the answers; they are fed, nothing is written. "perplexity":
-        of the answer's tokens. Of any other the answer is written, and the text is scored.
+        of the answer's tokens. "drift": see `Drift`. "judge": the answer is written and not scored; a judge of the
+        benchmark's own reads it (`export_predictions`). Of any other the answer is written, and the text is scored.
         """
         ...
 

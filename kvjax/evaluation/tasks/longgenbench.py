@@ -18,6 +18,7 @@ from kvjax.evaluation.tasks.published import Published, Record, locate, records
 from kvjax.model import Model
 
 LETTERS = "ABCD"
+CHECKS = ("checks_once", "checks_range", "checks_periodic")
 INSTRUCTION = (
     "Solve every question step by step, in the form of the examples: an answer begins with 'Answer_' and its number "
     "and ends with 'The answer is'. Do not write questions again. Answer all questions, however many there are.\n\n"
@@ -187,7 +188,8 @@ def _plan(row: Record) -> Prompt:
         context=context,
         question="\n" + question,
         answers=(f"\n#*# {unit} 2",),
-        info={"unit": unit, "units": int(row["number"]), "heading": heading},
+        # What units should hold is for the benchmark's own judge: see `export_predictions`.
+        info={"unit": unit, "units": int(row["number"]), "heading": heading, **{key: row[key] for key in CHECKS}},
     )
 
 
@@ -206,8 +208,8 @@ TASKS = {
         fixed={"name": "longgenbench_mmlu", "data": "mmlu", "metric": "numbered_letters"},
         defaults={"questions": 20},
     ),
-    # Its judge, a language model, is not run: whether units hold what they should is not known. There is no reference
-    # text either, so likelihood is that of the second unit's heading.
+    # Its judge, a language model, is not run here: whether units hold what they should is not known. There is no
+    # reference text either, so likelihood is that of the second unit's heading.
     "longgenbench_plans": Entry(
         kind=Published,
         group="longgenbench_plans",
@@ -217,7 +219,7 @@ TASKS = {
             "group": "longgenbench_plans",
             "metric": "completion_rate",
             "files": ("Dataset_short.json", "Dataset_long.json"),
-            "keys": ("prompt", "type", "prefix", "number"),
+            "keys": ("prompt", "type", "prefix", "number", *CHECKS),
             "make": _plan,
             "stop": ("*** finished",),
         },
