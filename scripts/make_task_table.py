@@ -21,7 +21,7 @@ samples = task.samples(model)  # Token ids of context, question and answers, for
 
 Nothing is downloaded. Tasks that are made here fit any tokenizer and length, are never longer than asked, and are the
 same for the same seed. Tasks from files read the published format from `path` (the file, or a folder that holds it
-under its published name).
+under its published name). Of a group, tasks whose file is not in the folder are left out, with a warning.
 
 - **context**: unless a group says otherwise, tokens of the whole, of prompt and answer. A prompt from a file that is
   longer is cut as its benchmark cuts.
@@ -77,7 +77,7 @@ ABOUT = {
     "longbench": (
         "[LongBench](https://arxiv.org/abs/2308.14508) with its prompts, lengths and metrics "
         "([source](https://github.com/THUDM/LongBench), MIT). Chinese answers are cut into words by the package "
-        "jieba."
+        "jieba (the extra `zh`)."
     ),
     "infinitebench": (
         "[InfiniteBench](https://arxiv.org/abs/2402.13718) with its prompts for base models, lengths and metrics "

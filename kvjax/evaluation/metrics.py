@@ -224,16 +224,21 @@ def rouge_zh(prediction: str, reference: str) -> float:
     return rouge_l(" ".join(chinese_words(prediction)), " ".join(chinese_words(reference)))
 
 
+class MissingPackage(ValueError):
+    """A metric needs a package that is not installed."""
+
+
 def chinese_words(text: str) -> list[str]:
     """Cut by jieba.
 
     Raises:
-      ValueError: It is not installed.
+      MissingPackage: It is not installed.
     """
     try:
         import jieba  # type: ignore[import-not-found]
     except ImportError:
-        raise ValueError("Chinese answers are cut into words by the package jieba: pip install jieba.") from None
+        raise MissingPackage("Chinese answers are cut into words by the package jieba: pip install jieba.") from None
+    jieba.setLogLevel("WARNING")  # Or it tells about the dictionary that it loads.
     return list(jieba.cut(text, cut_all=False))
 
 

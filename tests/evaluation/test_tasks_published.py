@@ -1,13 +1,13 @@
 """Benchmarks from small files in their published formats: the published prompts, and gold answers that are right."""
 
-import importlib.util
 import json
 import pathlib
+import sys
 
 import pytest
 
 from kvjax.evaluation.metrics import METRICS
-from kvjax.evaluation.tasks import TASKS, make_task
+from kvjax.evaluation.tasks import TASKS, make_task, make_tasks
 from kvjax.evaluation.tasks.published import cut_middle, prompts
 from tests.evaluation.letters import MODEL, prompt, read
 
@@ -91,10 +91,30 @@ def test_files_are_named_when_they_are_wrong(tmp_path):
         make_task("longbench_qasper", path=DATA, context=100)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("jieba") is not None, reason="jieba is installed")
-def test_chinese_words_need_a_package():
+def test_chinese_words_need_a_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jieba", None)
     with pytest.raises(ValueError, match="pip install jieba"):
         make_task("longbench_dureader", path=DATA)
+
+
+def test_a_group_takes_what_is_there(tmp_path, monkeypatch):
+    for name in ("qasper", "dureader"):
+        (tmp_path / f"{name}.jsonl").write_text((FILES / "longbench" / "qasper.jsonl").read_text())
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    with pytest.warns(UserWarning, match="Left out of longbench:") as warned:
+        (task,) = make_tasks("longbench", path=str(tmp_path), count=1)
+    assert task == make_task("longbench_qasper", path=str(tmp_path), count=1)
+    lines = str(warned[0].message).splitlines()[1:]
+    assert len(warned) == 1 and len(lines) == 20
+    assert "  longbench_dureader: Chinese answers are cut into words by the package jieba: pip install jieba." in lines
+    assert any(line.startswith("  longbench_trec: There is no trec.jsonl") for line in lines)
+    (tmp_path / "trec.jsonl").write_text("{}")  # One that is there and cannot be read is refused.
+    with pytest.raises(ValueError, match="trec.jsonl: row 1 has no input"):
+        make_tasks("longbench", path=str(tmp_path))
+    for file in tmp_path.iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match="No task of longbench can be made:\n  longbench_narrativeqa: There is no"):
+        make_tasks("longbench", path=str(tmp_path))
 
 
 def test_a_file_is_part_of_what_is_resolved():

@@ -47,6 +47,10 @@ class Sample:
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+class MissingFile(ValueError):
+    """The file that a task is made from is not there."""
+
+
 class Task(Protocol):
     """Makes samples. Implementations are frozen dataclasses that check their parameters when they are built."""
 

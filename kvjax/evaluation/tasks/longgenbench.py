@@ -12,7 +12,16 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from kvjax.evaluation.tasks.base import Entry, Metric, Sample, check_number, digest, text_sample, tokenizer_of
+from kvjax.evaluation.tasks.base import (
+    Entry,
+    Metric,
+    MissingFile,
+    Sample,
+    check_number,
+    digest,
+    text_sample,
+    tokenizer_of,
+)
 from kvjax.evaluation.tasks.fit import Prompt
 from kvjax.evaluation.tasks.published import Published, Record, locate, records
 from kvjax.model import Model
@@ -117,7 +126,7 @@ def _mmlu(task: ManyAnswers) -> list[Prompt]:
     folder = folder / "test" if (folder / "test").is_dir() else folder
     files = sorted(folder.glob("*_test.csv"))
     if not files:
-        raise ValueError(f"There is no SUBJECT_test.csv at {task.path}: give the folder of MMLU's data.")
+        raise MissingFile(f"There is no SUBJECT_test.csv at {task.path}: give the folder of MMLU's data.")
     try:
         solved = json.loads(_text(task.examples))
     except ValueError as error:
