@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from kvjax.evaluation.metrics import METRICS
-from kvjax.evaluation.tasks import TASKS, make_task, make_tasks
+from kvjax.evaluation.tasks import make_task, make_tasks
 from kvjax.evaluation.tasks.published import cut_middle, prompts
 from tests.evaluation.letters import MODEL, prompt, read
 
@@ -18,54 +18,6 @@ DATA = str(FILES / "longbench")
 def gold(task, sample):
     """What the first answer scores."""
     return METRICS[task.metric](read(sample.answers[0]), sample.references, sample.info)
-
-
-@pytest.mark.parametrize(
-    ("name", "begin", "end", "tokens"),
-    [
-        (
-            "longbench_qasper",
-            "You are given a scientific article and a question. Answer the question as concisely as you can, using a "
-            "single phrase or sentence if possible. If the question cannot be answered based on the information in the "
-            'article, write "unanswerable". If the question is a yes/no question, answer "yes", "no", or '
-            '"unanswerable". Do not provide any explanation.\n\nArticle: We train on {Europarl}. ',
-            "Do not provide any explanation.\n\nQuestion: Which corpus is used?\n\nAnswer:",
-            128,
-        ),
-        (
-            "longbench_trec",
-            "Please determine the type of the question below. Here are some examples of questions.\n\nQuestion: What",
-            "Type: Individual\nQuestion: Who wrote Faust?\nType:",
-            64,
-        ),
-        (
-            "longbench_passage_retrieval_en",
-            "Here are 30 paragraphs from Wikipedia, along with an abstract.",
-            'The answer format must be like "Paragraph 1", "Paragraph 2", etc.\n\nThe answer is: ',
-            32,
-        ),
-        (
-            "longbench_lcc",
-            "Please complete the code given below. \ndef add(a, b):\n",
-            "(a, b):\nNext line of code:\n",
-            64,
-        ),
-    ],
-)
-def test_longbench(name, begin, end, tokens):
-    task = make_task(name, path=DATA)
-    (sample,) = task.samples(MODEL)
-    assert prompt(sample).startswith(begin) and prompt(sample).endswith(end)
-    assert sample.max_new_tokens == tokens and task.length is None
-    assert gold(task, sample) == pytest.approx(1.0, abs=1e-6)
-    assert METRICS[task.metric]("?", sample.references, sample.info) < 0.2
-
-
-def test_longbench_is_whole():
-    names = [name for name, entry in TASKS.items() if entry.group == "longbench"]
-    assert len(names) == 21 and all(TASKS[name].fixed["metric"] in METRICS for name in names)
-    for name in prompts("longbench"):
-        assert prompts("longbench")[name]["prompt"].count("{context}") == 1
 
 
 def test_too_long_prompts_lose_their_middle():
@@ -148,14 +100,6 @@ def test_infinitebench_reads_as_published():
     assert asked("longbook_choice_eng").endswith(
         "Question: What is Bob?\nA. dog\nB. cat\nC. fish\nD. bird\n\nThe letter of the correct answer is"
     )
-
-
-@pytest.mark.parametrize("name", ["gov_report", "qasper", "quality", "space_digest", "book_sum_sort"])
-def test_zeroscrolls(name):
-    task = make_task(f"zeroscrolls_{name}", path=str(FILES / "zeroscrolls"))
-    (sample,) = task.samples(MODEL)
-    assert gold(task, sample) == pytest.approx(1.0) and METRICS[task.metric]("?", sample.references, {}) == 0.0
-    assert prompt(sample).startswith("You are given a story. Read it.\n\n") and read(sample.question_ids)[:2] == "\n\n"
 
 
 def test_zeroscrolls_cuts_documents_at_their_end():

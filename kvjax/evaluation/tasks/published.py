@@ -152,9 +152,13 @@ class Published:
             samples.append(self._shortened(tokenizer, sample, prompt.cut))
         return samples
 
+    def _rows(self, file: pathlib.Path) -> Sequence[Record]:
+        """One for every question."""
+        return records(file, self.keys)
+
     def _prompts(self) -> list[Prompt]:
         file = locate(self.path, self.files)
-        made = (self._prompt(file, i, row) for i, row in enumerate(records(file, self.keys), 1))
+        made = (self._prompt(file, i, row) for i, row in enumerate(self._rows(file), 1))
         kept = list(itertools.islice((prompt for prompt in made if prompt is not None), self.count))
         if not kept:
             raise ValueError(f"{file} has no row that can be used.")

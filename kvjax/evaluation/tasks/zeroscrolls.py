@@ -8,6 +8,8 @@ samples, comes from `metrics.aggregate`. Choices, percentages and orders are rea
 says. Data: https://huggingface.co/datasets/tau/zero_scrolls.
 """
 
+import pathlib
+
 from kvjax.evaluation.tasks.base import Entry
 from kvjax.evaluation.tasks.fit import Prompt
 from kvjax.evaluation.tasks.published import Published, Record, listed
@@ -24,12 +26,22 @@ SPECS = {  # Tokens to write (experiments/api/api.py), metric, what is asked.
     "space_digest": (36, "percentage_similarity", "says how many reviews are positive"),
     "book_sum_sort": (256, "concordance", "puts summaries of chapters in order"),
 }
-KEYS = ("input", "output", "document_end_index", "truncation_seperator")
+KEYS = ("id", "input", "output", "document_end_index", "truncation_seperator")
+
+
+class ZeroScrolls(Published):
+    """Rows of the same id are one question with several answers, as in SCROLLS' evaluator."""
+
+    def _rows(self, file: pathlib.Path) -> list[Record]:
+        by_id: dict[str, list[Record]] = {}
+        for row in super()._rows(file):
+            by_id.setdefault(row["id"], []).append(row)
+        return [{**same[0], "output": [row["output"] for row in same if row["output"]]} for same in by_id.values()]
 
 
 def _prompt(row: Record) -> Prompt:
     end = int(row["document_end_index"])
-    answers = listed(row["output"]) if row["output"] else ()
+    answers = listed(row["output"])
     return Prompt(
         context=row["input"][:end],
         question=row["input"][end:],
@@ -41,7 +53,7 @@ def _prompt(row: Record) -> Prompt:
 
 TASKS = {
     f"zeroscrolls_{name}": Entry(
-        kind=Published,
+        kind=ZeroScrolls,
         group="zeroscrolls",
         about=f"{about} (path of {name}.jsonl, validation)",
         fixed={
