@@ -63,9 +63,11 @@ ABOUT = {
     "ruler": (
         "[RULER](https://arxiv.org/abs/2404.06654) with its configurations, prompts, answer prefixes, lengths and "
         "scores ([source](https://github.com/NVIDIA/RULER)). What differs: the essay is Python's manual unless "
-        "`haystack` names a text file (Paul Graham's essays are not shipped), and words come from a short list "
-        "and its compounds in the place of the package wonderwords, so numbers are comparable among policies "
-        "here, not with RULER's tables. RULER takes 500 samples. `vt` takes any number of chains and hops."
+        "`haystack` names a text file or RULER's PaulGrahamEssays.json (which is not shipped), and words come from a "
+        "short list and its compounds in the place of the package wonderwords, so numbers are comparable among "
+        "policies here, not with RULER's tables. RULER takes 500 samples. `vt` takes any number of chains and hops. "
+        "`kvjax.evaluation.effective_length(rows)` of a policy's rows is the largest length at which the mean over "
+        "tasks is 85.6 % at least."
     ),
     "scbench": (
         "[SCBench](https://arxiv.org/abs/2412.10319): several questions about one context that is compressed "
@@ -78,6 +80,11 @@ ABOUT = {
         "[LongBench](https://arxiv.org/abs/2308.14508) with its prompts, lengths and metrics "
         "([source](https://github.com/THUDM/LongBench), MIT). Chinese answers are cut into words by the package "
         "jieba (the extra `zh`)."
+    ),
+    "longbench_e": (
+        "LongBench-E: 13 of [LongBench](https://arxiv.org/abs/2308.14508)'s tasks, on texts that are spread evenly "
+        "over lengths. Rows say `words`; `kvjax.evaluation.by_words(rows)` of a policy's rows of a task gives the "
+        "scores up to 4,000 words, up to 8,000 and above, as the benchmark does."
     ),
     "infinitebench": (
         "[InfiniteBench](https://arxiv.org/abs/2402.13718) with its prompts for base models, lengths and metrics "

@@ -9,7 +9,11 @@ from kvjax.evaluation.cases import (
     servable as servable,
 )
 from kvjax.evaluation.export import export_predictions as export_predictions
-from kvjax.evaluation.metrics import aggregate as aggregate
+from kvjax.evaluation.metrics import (
+    aggregate as aggregate,
+    by_words as by_words,
+    effective_length as effective_length,
+)
 from kvjax.evaluation.report import (
     answered as answered,
     bench_table as bench_table,

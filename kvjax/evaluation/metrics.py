@@ -8,6 +8,7 @@ import difflib
 import functools
 import math
 import re
+import statistics
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -407,6 +408,46 @@ def aggregate(metric: str, rows: Sequence[Mapping[str, Any]]) -> float:
     """
 
     def mean(key: str) -> float:
-        return sum(row[key] for row in rows) / len(rows)
+        return statistics.fmean(row[key] for row in rows)
 
     return _geometric({key: mean(key) for key in ROUGES}) if metric == "rouge_geometric" else mean("score")
+
+
+def effective_length(rows: Sequence[Mapping[str, Any]], least: float = 0.856) -> int | None:
+    """RULER's effective length: the largest at which the mean over tasks is good enough (arXiv 2404.06654).
+
+    Args:
+      rows: Of one policy and one protocol, of the same tasks at every length.
+      least: What is good enough; default: what Llama-2-7B scores at 4K, as in the paper.
+
+    Returns:
+      Tokens; None if no length is good enough.
+
+    Raises:
+      ValueError: Lengths have different tasks.
+    """
+    by_length: dict[int, dict[str, list[float]]] = {}
+    for row in rows:
+        by_length.setdefault(row["length"], {}).setdefault(row["task"], []).append(row["score"])
+    if len({frozenset(tasks) for tasks in by_length.values()}) > 1:
+        lengths = ", ".join(map(str, sorted(by_length)))
+        raise ValueError(f"The lengths {lengths} have different tasks: give rows of the same tasks.")
+    means = {length: statistics.fmean(map(statistics.fmean, tasks.values())) for length, tasks in by_length.items()}
+    return max((length for length, mean in means.items() if mean >= least), default=None)
+
+
+def by_words(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """LongBench-E's three scores of a task: the mean of rows whose text has under 4,000 words, under 8,000, and more.
+
+    Args:
+      rows: Of one policy and one task. A row's `words` are the benchmark's own count.
+
+    Returns:
+      "0-4k", "4-8k" and "8k+", as far as there are rows.
+    """
+
+    def band(words: int) -> str:
+        return "0-4k" if words < 4000 else "4-8k" if words < 8000 else "8k+"
+
+    bands = {name: [row["score"] for row in rows if band(row["words"]) == name] for name in ("0-4k", "4-8k", "8k+")}
+    return {name: statistics.fmean(found) for name, found in bands.items() if found}

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from kvjax.evaluation.metrics import METRICS, aggregate, exact_match, scores
+from kvjax.evaluation.metrics import METRICS, aggregate, by_words, effective_length, exact_match, scores
 from kvjax.evaluation.rouge import rouge_l, rouge_l_sum, rouge_lcs, rouge_n
 
 NONE = {}
@@ -79,6 +79,25 @@ def test_every_rouge_has_its_own_best_reference():
 def test_other_metrics_aggregate_to_their_mean():
     rows = [scores("text_match", text, ("a",), NONE) for text in "abac"]
     assert rows[0] == {"score": 1.0} and aggregate("text_match", rows) == 0.5
+
+
+def test_effective_length():
+    def rows(length, *scores):
+        names = ("niah_single_1", "vt", "vt")  # Tasks count alike, however many samples they have.
+        return [{"length": length, "task": task, "score": s} for task, s in zip(names, scores, strict=True)]
+
+    short, middle, long = rows(4096, 1.0, 1.0, 1.0), rows(8192, 1.0, 1.0, 0.424), rows(16384, 0.7, 1.0, 1.0)
+    assert effective_length([*long, *middle, *short]) == 8192
+    assert effective_length(short + long) == 4096 and effective_length(short + long, least=0.85) == 16384
+    assert effective_length(long) is None
+    with pytest.raises(ValueError, match="4096, 8192 have different tasks"):
+        effective_length(short + middle[:1])
+
+
+def test_scores_by_words():
+    rows = [{"words": words, "score": score} for words, score in ((10, 1.0), (3999, 0.0), (4000, 0.25), (8000, 0.75))]
+    assert by_words(rows) == {"0-4k": 0.5, "4-8k": 0.25, "8k+": 0.75}
+    assert by_words(rows[3:]) == {"8k+": 0.75}
 
 
 def test_rouge_of_nothing():

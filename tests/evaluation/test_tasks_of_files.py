@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from kvjax.evaluation.metrics import METRICS
+from kvjax.evaluation.metrics import METRICS, by_words
 from kvjax.evaluation.tasks import TASKS, make_task
 from kvjax.evaluation.tasks.published import prompts
 from tests.evaluation.letters import MODEL, prompt, read
@@ -194,6 +194,19 @@ def test_longbench_is_whole():
     names = [name for name, entry in TASKS.items() if entry.group == "longbench"]
     assert names == [f"longbench_{name}" for name in prompts("longbench")] and len(names) == 21
     assert {name.removeprefix("longbench_") for name in names} == set(LONGBENCH)
+
+
+def test_longbench_e(tmp_path):
+    names = [name.removeprefix("longbench_e_") for name, entry in TASKS.items() if entry.group == "longbench_e"]
+    assert len(names) == 13 and set(names) <= set(LONGBENCH)
+    for name in names:
+        rows = longbench_rows(name, "_e")
+        write(tmp_path, name, longbench_rows(name))
+        task = make_task(f"longbench_e_{name}", path=write(tmp_path, f"{name}_e", rows))
+        assert task.metric == TASKS[f"longbench_{name}"].metric
+        for row, sample in zip(rows, task.samples(MODEL), strict=True):
+            assert row["context"] in prompt(sample) and sample.max_new_tokens == LONGBENCH[name][2]
+            assert by_words([sample.info | {"score": 1.0}]) == {"4-8k" if row["length"] == 4000 else "0-4k": 1.0}
 
 
 # ZeroSCROLLS: rows hold the whole prompt. What is asked at the end, and the outputs of two rows.
