@@ -26,8 +26,9 @@ under its published name). Of a group, tasks whose file is not in the folder are
 - **context**: unless a group says otherwise, tokens of the whole, of prompt and answer. A prompt from a file that is
   longer is cut as its benchmark cuts.
 - **metric**: `exact` asks whether greedy decoding would write an answer word for word (nothing is written: it is fed),
-  `perplexity` is that of the answer's tokens. For all others up to `tokens` tokens are written greedily and the text is
-  scored by that function of `kvjax/evaluation/metrics.py`, from 0 to 1.
+  `perplexity` is that of the answer's tokens, `drift` is KL and agreement with the full cache along a text of its own.
+  For all others up to `tokens` tokens are written greedily. `judge` leaves the text for a judge; any other is the
+  function of `kvjax/evaluation/metrics.py` that scores it, from 0 to 1.
 - Prompts are those for base models; chat templates are not applied. Where a prompt ends in a space, the space belongs
   to the answer's first token if the tokenizer reads it so.
 - *No default* marks what must be given.
@@ -41,9 +42,12 @@ judge reads them.
 import json, pathlib
 from kvjax.evaluation import export_predictions
 
-rows = json.loads(pathlib.Path("out/results.json").read_text())  # Of `kvjax compare --task ... --out out`.
+rows = json.loads(pathlib.Path("results.json").read_text())  # Of a run of longmemeval_judged_s.
 mine = [row for row in rows if row["policy"] == "snapkv(0.25)"]
 export_predictions(mine, "hypotheses.jsonl", "longmemeval")  # For LongMemEval's src/evaluation/evaluate_qa.py.
+
+rows = json.loads(pathlib.Path("other/results.json").read_text())  # Of a run of longgenbench_plans.
+mine = [row for row in rows if row["policy"] == "snapkv(0.25)"]
 export_predictions(mine, "plans.json", "longgenbench_plans")  # For LongGenBench's Evalution/eval.py.
 ```
 """

@@ -9,6 +9,7 @@ import pytest
 import kvjax
 from kvjax.evaluation import (
     Settings,
+    aggregate,
     export_predictions,
     make_cases,
     make_task,
@@ -17,18 +18,36 @@ from kvjax.evaluation import (
     run,
     summarize,
 )
+from kvjax.evaluation.metrics import METRICS
+from kvjax.evaluation.rouge import rouge_n
 from tests.evaluation.letters import MODEL
 
 FILES = pathlib.Path(__file__).parents[1] / "data" / "tasks"
 
 
-def test_a_run_for_a_judge(tmp_path):
-    model = kvjax.load("tiny")
-    task = make_task("longmemeval_judged_oracle", path=str(FILES), tokens=4)
-    settings = Settings(policies=parse_policies("full; streaming_llm(0.5)"), speed=False, tokens=2)
+@pytest.fixture(scope="module")
+def model():
+    return kvjax.load("tiny")
+
+
+def go(model, task, policies, folder):
+    settings = Settings(policies=parse_policies(policies), speed=False, tokens=2)
     cases = make_cases(task, task.samples(model), settings)
-    config = resolved_config("tiny", np.float32, task, settings)
-    rows = run(model, task, cases, settings, config, tmp_path)
+    return run(model, task, cases, settings, resolved_config("tiny", np.float32, task, settings), folder)
+
+
+def test_rows_have_the_parts_of_rouge(model, tmp_path):
+    task = make_task("zeroscrolls_gov_report", path=str(FILES / "zeroscrolls"), tokens=16)
+    (row,) = go(model, task, "full", tmp_path)
+    references = tuple(row["references"])
+    assert row["rouge1"] == max(rouge_n(row["prediction"], text, 1) for text in references) > 0
+    assert row["score"] == METRICS["rouge_geometric"](row["prediction"], references, {})
+    assert aggregate(row["metric"], [row]) == pytest.approx(row["score"]) and {"rouge2", "rougeL"} <= row.keys()
+
+
+def test_a_run_for_a_judge(model, tmp_path):
+    task = make_task("longmemeval_judged_oracle", path=str(FILES), tokens=4)
+    rows = go(model, task, "full; streaming_llm(0.5)", tmp_path)
     assert all("score" not in row and row["prediction"] for row in rows) and "score" not in summarize(rows)[0]
     with pytest.raises(ValueError, match="has 2 answers: give the rows of one policy"):
         export_predictions(rows, tmp_path / "all.jsonl", "longmemeval")

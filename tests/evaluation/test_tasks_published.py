@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from kvjax.evaluation.grid import make_grid
 from kvjax.evaluation.metrics import METRICS
 from kvjax.evaluation.tasks import make_task, make_tasks
 from kvjax.evaluation.tasks.published import cut_middle, prompts
@@ -56,6 +57,9 @@ def test_a_group_takes_what_is_there(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="Left out of longbench:") as warned:
         (task,) = make_tasks("longbench", path=str(tmp_path), count=1)
     assert task == make_task("longbench_qasper", path=str(tmp_path), count=1)
+    entry = {"task": "longbench", "path": str(tmp_path), "count": 1}
+    with pytest.warns(UserWarning, match="Left out of longbench:"):
+        assert make_grid({"model": "tiny", "policies": ["full"], "tasks": [entry]}, "grid").tasks == (task,)
     lines = str(warned[0].message).splitlines()[1:]
     assert len(warned) == 1 and len(lines) == 20
     assert "  longbench_dureader: Chinese answers are cut into words by the package jieba: pip install jieba." in lines
