@@ -4,8 +4,9 @@ Answers are published for the validation split alone (about twenty rows a task),
 long documents lose their end and get the benchmark's note on that, as in its own code. Its evaluator is not published;
 ROUGE is that of SCROLLS, by the same authors (metrics/scrolls.py of https://huggingface.co/datasets/tau/scrolls). A row
 has ROUGE-1, 2 and L, and their geometric mean as its score; the published number, which is made of their means over
-samples, comes from `metrics.aggregate`. Choices, percentages and orders are read from what was written as `metrics`
-says. Data: https://huggingface.co/datasets/tau/zero_scrolls.
+samples, comes from `metrics.aggregate`. F1 is of SQuAD's normal words; that Unicode is written in ASCII before, as the
+paper says, is left out. Choices, percentages and orders are read from what was written as `metrics` says. Data:
+https://huggingface.co/datasets/tau/zero_scrolls.
 """
 
 import pathlib
