@@ -4,9 +4,13 @@ Results go to stdout, progress and remarks to stderr. What the user got wrong is
 2, before anything is computed where it can be known before.
 """
 
+import warnings
+from typing import Any
+
 import typer
 
 from kvjax.commands.bench import bench_app
+from kvjax.commands.common import notes
 from kvjax.commands.doctor import doctor
 from kvjax.commands.evaluate import compare, evaluate
 from kvjax.commands.generate import generate
@@ -20,7 +24,13 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 
 def main() -> None:
     """What the command `kvjax` calls."""
+    warnings.showwarning = _show_warning
     app()
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """As a remark: who types a command does not care in which line of which file it came up."""
+    notes.print(f"warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.callback()

@@ -8,6 +8,12 @@ from kvjax.evaluation.cases import (
     resolved_config as resolved_config,
     servable as servable,
 )
+from kvjax.evaluation.export import export_predictions as export_predictions
+from kvjax.evaluation.metrics import (
+    aggregate as aggregate,
+    by_words as by_words,
+    effective_length as effective_length,
+)
 from kvjax.evaluation.report import (
     answered as answered,
     bench_table as bench_table,

@@ -14,7 +14,7 @@ from kvjax.cache import Cache
 from kvjax.evaluation.caches import compressed, sizes
 from kvjax.evaluation.cases import Case, dtype_of
 from kvjax.evaluation.kept import kept
-from kvjax.evaluation.metrics import METRICS
+from kvjax.evaluation.metrics import scores
 from kvjax.evaluation.results import Row
 from kvjax.evaluation.score import Likelihood, divergence, feed, likelihood, write
 from kvjax.evaluation.tasks import Task
@@ -99,7 +99,7 @@ def _quality(model: Model, asked: Asked, task: Task, case: Case, best: Likelihoo
     ids = write(model, asked.cache, asked.logits, sample.max_new_tokens, stop=model.config.eos_ids)
     text = model.tokenizer.decode(ids)
     text = text[: min((at for at in map(text.find, sample.stop) if at >= 0), default=len(text))]
-    return {"score": METRICS[task.metric](text, sample.references, sample.info), "prediction": text}
+    return {**scores(task.metric, text, sample.references, sample.info), "prediction": text}
 
 
 def _continuation(model: Model, asked: Asked, task: Task, case: Case) -> Path:

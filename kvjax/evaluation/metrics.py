@@ -5,7 +5,10 @@ A metric is a function of what was written, the references and the sample's info
 
 import collections
 import difflib
+import functools
+import math
 import re
+import statistics
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,6 +21,7 @@ CHINESE_PUNCTUATION = (
     "～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
 )
 LETTERS = "ABCD"
+ROUGES = {"rouge1": functools.partial(rouge_n, n=1), "rouge2": functools.partial(rouge_n, n=2), "rougeL": rouge_lcs}
 
 
 def best(score: Callable[[str, str], float]) -> Metric:
@@ -221,16 +225,21 @@ def rouge_zh(prediction: str, reference: str) -> float:
     return rouge_l(" ".join(chinese_words(prediction)), " ".join(chinese_words(reference)))
 
 
+class MissingPackage(ValueError):
+    """A metric needs a package that is not installed."""
+
+
 def chinese_words(text: str) -> list[str]:
     """Cut by jieba.
 
     Raises:
-      ValueError: It is not installed.
+      MissingPackage: It is not installed.
     """
     try:
         import jieba  # type: ignore[import-not-found]
     except ImportError:
-        raise ValueError("Chinese answers are cut into words by the package jieba: pip install jieba.") from None
+        raise MissingPackage("Chinese answers are cut into words by the package jieba: pip install jieba.") from None
+    jieba.setLogLevel("WARNING")  # Or it tells about the dictionary that it loads.
     return list(jieba.cut(text, cut_all=False))
 
 
@@ -265,12 +274,18 @@ def code_similarity(prediction: str, reference: str) -> float:
     return int(round(100 * difflib.SequenceMatcher(None, line, reference).ratio())) / 100
 
 
-def rouge_geometric(prediction: str, reference: str) -> float:
-    """Geometric mean of ROUGE-1, 2 and L (ZeroSCROLLS, whose own stems words first; this does not)."""
-    one, two, longest = rouge_n(prediction, reference, 1), rouge_n(prediction, reference, 2), 0.0
-    if one and two:
-        longest = rouge_lcs(prediction, reference)
-    return (one * two * longest) ** (1 / 3)
+def rouge_parts(prediction: str, references: tuple[str, ...], info: Mapping[str, Any]) -> dict[str, float]:
+    """F1 of ROUGE-1, 2 and L without stemming, each for the reference that is best for it (SCROLLS' scrolls.py)."""
+    return {name: max(rouge(prediction, text) for text in references) for name, rouge in ROUGES.items()}
+
+
+def rouge_geometric(prediction: str, references: tuple[str, ...], info: Mapping[str, Any]) -> float:
+    """Geometric mean of a sample's `rouge_parts`. SCROLLS takes it of the data set's means only: see `aggregate`."""
+    return _geometric(rouge_parts(prediction, references, info))
+
+
+def _geometric(parts: Mapping[str, float]) -> float:
+    return math.prod(parts.values()) ** (1 / len(parts))
 
 
 def percentage_similarity(prediction: str, reference: str) -> float:
@@ -305,17 +320,21 @@ def by_turn(prediction: str, references: tuple[str, ...], info: Mapping[str, Any
 
 
 def numbered_numbers(prediction: str, references: tuple[str, ...], info: Mapping[str, Any]) -> float:
-    """Share of the references whose last number is that of the answer in the same place (LongGenBench's GSM8K)."""
+    """Share of the references whose last number is that of the answer in the same place (LongGenBench's GSM8K).
 
-    def last(text: str) -> str | None:
-        return next(iter(re.findall(r"\d*\.?\d+", text.replace(",", ""))[::-1]), None)
-
-    return _by_place(prediction, references, last)
+    As there, commas are taken out of what was written alone: of a reference "1,502" the number is 502.
+    """
+    return _by_place(prediction.replace(",", ""), references, lambda text: _last(r"\d*\.?\d+", text))
 
 
 def numbered_letters(prediction: str, references: tuple[str, ...], info: Mapping[str, Any]) -> float:
     """Share of the references whose last A, B, C or D is that of the answer in the same place (LongGenBench's MMLU)."""
-    return _by_place(prediction, references, lambda text: next(iter(re.findall("[A-D]", text)[::-1]), None))
+    return _by_place(prediction, references, lambda text: _last("[A-D]", text))
+
+
+def _last(pattern: str, text: str) -> str | None:
+    found = re.findall(pattern, text)
+    return found[-1] if found else None
 
 
 def _by_place(prediction: str, references: tuple[str, ...], last: Callable[[str], str | None]) -> float:
@@ -350,12 +369,85 @@ OF_CHINESE_WORDS = ("qa_f1_zh", "rouge_zh")
 METRICS: dict[str, Metric] = {
     **_all(string_match_all, string_match_part, contains, word, word_in_capitals, text_match),
     **_all(first_integer, first_number, last_integer, numbers_from_the_start),
-    **_all(choice, code_choice, first_letter, classification, by_turn),
+    **_all(choice, code_choice, first_letter, classification, by_turn, rouge_geometric),
     **_all(numbered_numbers, numbered_letters, completion_rate),
-    **_best_of((qa_f1, exact_match, qa_f1_characters, qa_f1_zh, rouge_zh, rouge_l, rouge_l_sum, rouge_geometric)),
+    **_best_of((qa_f1, exact_match, qa_f1_characters, qa_f1_zh, rouge_zh, rouge_l, rouge_l_sum)),
     **_best_of((retrieval, retrieval_zh, code_similarity, percentage_similarity, concordance)),
     "count": best(share_of_numbers),
     "classification_first_line": first_line(classification),
     "qa_f1_first_line": first_line(best(qa_f1)),
     "rouge_l_first_line": first_line(best(rouge_l)),
 }
+
+
+def scores(metric: str, prediction: str, references: tuple[str, ...], info: Mapping[str, Any]) -> dict[str, float]:
+    """A row's `score`; of "rouge_geometric" also the three parts that `aggregate` takes the means of.
+
+    "judge" stands for a judge that is not run here: there is no score.
+    """
+    if metric == "judge":
+        return {}
+    if metric == "rouge_geometric":
+        parts = rouge_parts(prediction, references, info)
+        return {"score": _geometric(parts)} | parts
+    return {"score": METRICS[metric](prediction, references, info)}
+
+
+# Over many samples
+
+
+def aggregate(metric: str, rows: Sequence[Mapping[str, Any]]) -> float:
+    """What a benchmark publishes of a data set, from 0 to 1.
+
+    That is the mean of scores, but for ROUGE in SCROLLS and ZeroSCROLLS: the geometric mean of the means of ROUGE-1, 2
+    and L, which is at least as large as the mean of the samples' geometric means.
+
+    Args:
+      metric: In `METRICS`.
+      rows: Of one policy and one task.
+    """
+
+    def mean(key: str) -> float:
+        return statistics.fmean(row[key] for row in rows)
+
+    return _geometric({key: mean(key) for key in ROUGES}) if metric == "rouge_geometric" else mean("score")
+
+
+def effective_length(rows: Sequence[Mapping[str, Any]], least: float = 0.856) -> int | None:
+    """RULER's effective length: the largest at which the mean over tasks is good enough (arXiv 2404.06654).
+
+    Args:
+      rows: Of one policy and one protocol, of the same tasks at every length.
+      least: What is good enough; default: what Llama-2-7B scores at 4K, as in the paper.
+
+    Returns:
+      Tokens; None if no length is good enough.
+
+    Raises:
+      ValueError: Lengths have different tasks.
+    """
+    by_length: dict[int, dict[str, list[float]]] = {}
+    for row in rows:
+        by_length.setdefault(row["length"], {}).setdefault(row["task"], []).append(row["score"])
+    if len({frozenset(tasks) for tasks in by_length.values()}) > 1:
+        lengths = ", ".join(map(str, sorted(by_length)))
+        raise ValueError(f"The lengths {lengths} have different tasks: give rows of the same tasks.")
+    means = {length: statistics.fmean(map(statistics.fmean, tasks.values())) for length, tasks in by_length.items()}
+    return max((length for length, mean in means.items() if mean >= least), default=None)
+
+
+def by_words(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """LongBench-E's three scores of a task: the mean of rows whose text has under 4,000 words, under 8,000, and more.
+
+    Args:
+      rows: Of one policy and one task. A row's `words` are the benchmark's own count.
+
+    Returns:
+      "0-4k", "4-8k" and "8k+", as far as there are rows.
+    """
+
+    def band(words: int) -> str:
+        return "0-4k" if words < 4000 else "4-8k" if words < 8000 else "8k+"
+
+    bands = {name: [row["score"] for row in rows if band(row["words"]) == name] for name in ("0-4k", "4-8k", "8k+")}
+    return {name: statistics.fmean(found) for name, found in bands.items() if found}

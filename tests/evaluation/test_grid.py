@@ -272,11 +272,11 @@ def test_every_model_is_asked_the_same(model, tmp_path):
 
 def test_files_of_tasks_lie_beside_the_grid(tmp_path):
     (tmp_path / "data").mkdir()
-    shutil.copy(ROOT / "tests" / "data" / "tasks" / "longbench" / "trec.jsonl", tmp_path / "data")
+    shutil.copy(ROOT / "tests" / "data" / "tasks" / "longbench" / "qasper.jsonl", tmp_path / "data")
     (tmp_path / "mine.jsonl").write_text('{"context_ids": [3, 4], "question_ids": [5], "answer_ids": [6]}')
-    tasks = [{"task": "longbench_trec", "path": "data"}, "mine.jsonl"]
+    tasks = [{"task": "longbench_qasper", "path": "data"}, "mine.jsonl"]
     (tmp_path / "grid.yaml").write_text(json.dumps(GRID | {"tasks": tasks}))
-    assert [task.name for task in read_grid(tmp_path / "grid.yaml").tasks] == ["longbench_trec", "mine.jsonl"]
+    assert [task.name for task in read_grid(tmp_path / "grid.yaml").tasks] == ["longbench_qasper", "mine.jsonl"]
 
 
 def test_two_jobs_do_not_share_a_folder(model, tmp_path):

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from kvjax.evaluation.metrics import METRICS, exact_match
+from kvjax.evaluation.metrics import METRICS, aggregate, by_words, effective_length, exact_match, scores
 from kvjax.evaluation.rouge import rouge_l, rouge_l_sum, rouge_lcs, rouge_n
 
 NONE = {}
@@ -54,6 +54,50 @@ def test_rouge_is_what_the_packages_say(text, reference, of_rouge, one, two, lon
     assert rouge_lcs(text, reference) == pytest.approx(longest, abs=1e-9)
     assert rouge_l_sum(text, reference) == pytest.approx(lines, abs=1e-9)
     assert METRICS["rouge_geometric"](text, (reference,), NONE) == pytest.approx((one * two * longest) ** (1 / 3))
+
+
+def test_rouge_of_a_data_set_is_that_of_scrolls():
+    # The example in scrolls.py's docstring, and what it says of it.
+    samples = [
+        ("exact match example", ("exact match example",)),
+        ("hello there", ("hello", "hi there")),
+        ("general kenobi", ("commander kenobi",)),
+    ]
+    rows = [scores("rouge_geometric", text, references, NONE) for text, references in samples]
+    means = [sum(row[key] for row in rows) / 3 for key in ("rouge1", "rouge2", "rougeL")]
+    assert means == pytest.approx([0.722222, 0.333333, 0.722222], abs=1e-6)
+    assert aggregate("rouge_geometric", rows) == pytest.approx(0.558136, abs=1e-6)
+    assert [row["score"] for row in rows] == [1.0, 0.0, 0.0]
+
+
+def test_every_rouge_has_its_own_best_reference():
+    found = scores("rouge_geometric", "a b c d", ("a b", "d c b a"), NONE)
+    assert (found["rouge1"], found["rouge2"], found["rougeL"]) == (1.0, 0.5, pytest.approx(2 / 3))
+    assert found["score"] == pytest.approx((0.5 * 2 / 3) ** (1 / 3))
+
+
+def test_other_metrics_aggregate_to_their_mean():
+    rows = [scores("text_match", text, ("a",), NONE) for text in "abac"]
+    assert rows[0] == {"score": 1.0} and aggregate("text_match", rows) == 0.5
+
+
+def test_effective_length():
+    def rows(length, *scores):
+        names = ("niah_single_1", "vt", "vt")  # Tasks count alike, however many samples they have.
+        return [{"length": length, "task": task, "score": s} for task, s in zip(names, scores, strict=True)]
+
+    short, middle, long = rows(4096, 1.0, 1.0, 1.0), rows(8192, 1.0, 1.0, 0.424), rows(16384, 0.7, 1.0, 1.0)
+    assert effective_length([*long, *middle, *short]) == 8192
+    assert effective_length(short + long) == 4096 and effective_length(short + long, least=0.85) == 16384
+    assert effective_length(long) is None
+    with pytest.raises(ValueError, match="4096, 8192 have different tasks"):
+        effective_length(short + middle[:1])
+
+
+def test_scores_by_words():
+    rows = [{"words": words, "score": score} for words, score in ((10, 1.0), (3999, 0.0), (4000, 0.25), (8000, 0.75))]
+    assert by_words(rows) == {"0-4k": 0.5, "4-8k": 0.25, "8k+": 0.75}
+    assert by_words(rows[3:]) == {"8k+": 0.75}
 
 
 def test_rouge_of_nothing():

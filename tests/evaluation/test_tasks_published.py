@@ -1,12 +1,14 @@
 """Benchmarks from small files in their published formats: the published prompts, and gold answers that are right."""
 
-import importlib.util
+import json
 import pathlib
+import sys
 
 import pytest
 
+from kvjax.evaluation.grid import make_grid
 from kvjax.evaluation.metrics import METRICS
-from kvjax.evaluation.tasks import TASKS, make_task
+from kvjax.evaluation.tasks import make_task, make_tasks
 from kvjax.evaluation.tasks.published import cut_middle, prompts
 from tests.evaluation.letters import MODEL, prompt, read
 
@@ -17,54 +19,6 @@ DATA = str(FILES / "longbench")
 def gold(task, sample):
     """What the first answer scores."""
     return METRICS[task.metric](read(sample.answers[0]), sample.references, sample.info)
-
-
-@pytest.mark.parametrize(
-    ("name", "begin", "end", "tokens"),
-    [
-        (
-            "longbench_qasper",
-            "You are given a scientific article and a question. Answer the question as concisely as you can, using a "
-            "single phrase or sentence if possible. If the question cannot be answered based on the information in the "
-            'article, write "unanswerable". If the question is a yes/no question, answer "yes", "no", or '
-            '"unanswerable". Do not provide any explanation.\n\nArticle: We train on {Europarl}. ',
-            "Do not provide any explanation.\n\nQuestion: Which corpus is used?\n\nAnswer:",
-            128,
-        ),
-        (
-            "longbench_trec",
-            "Please determine the type of the question below. Here are some examples of questions.\n\nQuestion: What",
-            "Type: Individual\nQuestion: Who wrote Faust?\nType:",
-            64,
-        ),
-        (
-            "longbench_passage_retrieval_en",
-            "Here are 30 paragraphs from Wikipedia, along with an abstract.",
-            'The answer format must be like "Paragraph 1", "Paragraph 2", etc.\n\nThe answer is: ',
-            32,
-        ),
-        (
-            "longbench_lcc",
-            "Please complete the code given below. \ndef add(a, b):\n",
-            "(a, b):\nNext line of code:\n",
-            64,
-        ),
-    ],
-)
-def test_longbench(name, begin, end, tokens):
-    task = make_task(name, path=DATA)
-    (sample,) = task.samples(MODEL)
-    assert prompt(sample).startswith(begin) and prompt(sample).endswith(end)
-    assert sample.max_new_tokens == tokens and task.length is None
-    assert gold(task, sample) == pytest.approx(1.0, abs=1e-6)
-    assert METRICS[task.metric]("?", sample.references, sample.info) < 0.2
-
-
-def test_longbench_is_whole():
-    names = [name for name, entry in TASKS.items() if entry.group == "longbench"]
-    assert len(names) == 21 and all(TASKS[name].fixed["metric"] in METRICS for name in names)
-    for name in prompts("longbench"):
-        assert prompts("longbench")[name]["prompt"].count("{context}") == 1
 
 
 def test_too_long_prompts_lose_their_middle():
@@ -81,7 +35,7 @@ def test_too_long_prompts_lose_their_middle():
 def test_files_are_named_when_they_are_wrong(tmp_path):
     with pytest.raises(ValueError, match="needs path: answers a question about a scientific article"):
         make_task("longbench_qasper")
-    with pytest.raises(ValueError, match="no qasper.jsonl or qasper_e.jsonl at"):
+    with pytest.raises(ValueError, match="no qasper.jsonl at"):
         make_task("longbench_qasper", path=str(tmp_path))
     (tmp_path / "qasper.jsonl").write_text('{"input": "?", "context": "c"}\n')
     with pytest.raises(ValueError, match="row 1 has no answers and no all_classes"):
@@ -90,10 +44,33 @@ def test_files_are_named_when_they_are_wrong(tmp_path):
         make_task("longbench_qasper", path=DATA, context=100)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("jieba") is not None, reason="jieba is installed")
-def test_chinese_words_need_a_package():
+def test_chinese_words_need_a_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jieba", None)
     with pytest.raises(ValueError, match="pip install jieba"):
         make_task("longbench_dureader", path=DATA)
+
+
+def test_a_group_takes_what_is_there(tmp_path, monkeypatch):
+    for name in ("qasper", "dureader"):
+        (tmp_path / f"{name}.jsonl").write_text((FILES / "longbench" / "qasper.jsonl").read_text())
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    with pytest.warns(UserWarning, match="Left out of longbench:") as warned:
+        (task,) = make_tasks("longbench", path=str(tmp_path), count=1)
+    assert task == make_task("longbench_qasper", path=str(tmp_path), count=1)
+    entry = {"task": "longbench", "path": str(tmp_path), "count": 1}
+    with pytest.warns(UserWarning, match="Left out of longbench:"):
+        assert make_grid({"model": "tiny", "policies": ["full"], "tasks": [entry]}, "grid").tasks == (task,)
+    lines = str(warned[0].message).splitlines()[1:]
+    assert len(warned) == 1 and len(lines) == 20
+    assert "  longbench_dureader: Chinese answers are cut into words by the package jieba: pip install jieba." in lines
+    assert any(line.startswith("  longbench_trec: There is no trec.jsonl") for line in lines)
+    (tmp_path / "trec.jsonl").write_text("{}")  # One that is there and cannot be read is refused.
+    with pytest.raises(ValueError, match="trec.jsonl: row 1 has no input"):
+        make_tasks("longbench", path=str(tmp_path))
+    for file in tmp_path.iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match="No task of longbench can be made:\n  longbench_narrativeqa: There is no"):
+        make_tasks("longbench", path=str(tmp_path))
 
 
 def test_a_file_is_part_of_what_is_resolved():
@@ -129,14 +106,6 @@ def test_infinitebench_reads_as_published():
     )
 
 
-@pytest.mark.parametrize("name", ["gov_report", "qasper", "quality", "space_digest", "book_sum_sort"])
-def test_zeroscrolls(name):
-    task = make_task(f"zeroscrolls_{name}", path=str(FILES / "zeroscrolls"))
-    (sample,) = task.samples(MODEL)
-    assert gold(task, sample) == pytest.approx(1.0) and METRICS[task.metric]("?", sample.references, {}) == 0.0
-    assert prompt(sample).startswith("You are given a story. Read it.\n\n") and read(sample.question_ids)[:2] == "\n\n"
-
-
 def test_zeroscrolls_cuts_documents_at_their_end():
     folder = str(FILES / "zeroscrolls")
     (whole,) = make_task("zeroscrolls_gov_report", path=folder).samples(MODEL)
@@ -163,11 +132,19 @@ def test_longmemeval():
         '[{"role": "user", "content": "Hello again."}, {"role": "assistant", "content": "Hello!"}]\n'
         "\n\nCurrent Date: 2023/05/30 (Tue) 23:40\nQuestion: Which car do I drive?\nAnswer:"
     )
-    assert second.references == ("1",) and first.info == {"type": "single-session-user"}
+    assert second.references == ("1",) and first.info == {"type": "single-session-user", "question_id": "q1"}
     assert gold(task, first) == gold(task, second) == 1.0
     (only,) = make_task("longmemeval_oracle", path=str(FILES), count=1, context=300, tokens=100).samples(MODEL)
     assert only.question_ids == first.question_ids and len(only.context_ids + only.question_ids) == 200
     assert first.context_ids[: len(only.context_ids)] == only.context_ids
+
+
+def test_longmemeval_for_its_judge():
+    task = make_task("longmemeval_judged_oracle", path=str(FILES))
+    samples = task.samples(MODEL)
+    published = json.loads((FILES / "longmemeval_oracle.json").read_text())
+    assert [sample.info["question_id"] for sample in samples] == [row["question_id"] for row in published]
+    assert {"q2_abs", "q3"} <= {sample.info["question_id"] for sample in samples} and task.metric == "judge"
 
 
 GSM8K = {"path": str(FILES / "longgenbench"), "examples": str(FILES / "longgenbench" / "LongGenBench_prompt.txt")}
@@ -188,12 +165,17 @@ def test_many_answers_of_gsm8k():
     assert score("Answer_6:\nSo 6.\n\nAnswer_7:\nThe answer is 1502.", second.references, {}) == 1.0
     assert score("Answer_6:\nThe answer is 7.\n\nAnswer_7:\n1,502", second.references, {}) == 0.5
     assert score("Answer_6:\n6", second.references, {}) == 0.5 and score("6", second.references, {}) == 0.0
+    # The benchmark takes commas out of what was written, and not out of the reference.
+    assert score("Answer_6:\n1,502", ("#### 1,502",), {}) == 0.0 and score("Answer_6:\n502", ("#### 1,502",), {}) == 1.0
+    authors = make_task("longgenbench_gsm8k", **GSM8K)
+    assert (authors.questions, authors.count) == (35, 20) and len(authors.samples(MODEL)) == 1
     assert len(make_task("longgenbench_gsm8k", **GSM8K, count=1).samples(MODEL)) == 1
 
 
 def test_many_answers_of_mmlu(tmp_path):
     task = make_task("longgenbench_mmlu", **MMLU)
     (sample,) = task.samples(MODEL)
+    assert task.questions == 20
     assert "questions about anatomy.\n\nExamples: \nQuestion_1:\nWhich is an organ?\n(A) Liver" in prompt(sample)
     assert read(sample.question_ids) == (
         "Question_2:\nWhere is the heart?\n(A) In the chest, left(B) Head(C) Foot(D) Hand\n\n"

@@ -120,6 +120,18 @@ def test_an_essay_of_your_own(tmp_path):
         make_task("niah_single_2", haystack=str(tmp_path / "none.txt"))
 
 
+def test_an_essay_in_rulers_format(tmp_path):
+    plain, essays = tmp_path / "essay.txt", tmp_path / "PaulGrahamEssays.json"
+    plain.write_text("One thing.\nAnother {thing}! " * 3)
+    essays.write_text(json.dumps({"text": plain.read_text()}))
+    tasks = [make_task("niah_single_2", count=1, context=1500, haystack=str(path)) for path in (plain, essays)]
+    assert tasks[0].samples(MODEL) == tasks[1].samples(MODEL)
+    for i, wrong in enumerate(('["text"]', '{"essay": ""}', "{")):
+        (tmp_path / f"{i}.json").write_text(wrong)
+        with pytest.raises(ValueError, match="Cannot read the haystack"):
+            make_task("niah_single_2", haystack=str(tmp_path / f"{i}.json"))
+
+
 @pytest.mark.parametrize(("chains", "hops"), [(1, 4), (3, 2)])
 def test_variables_are_chained(chains, hops):
     (sample,) = make_task("vt", count=1, context=6000, chains=chains, hops=hops).samples(MODEL)

@@ -47,6 +47,10 @@ class Sample:
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+class MissingFile(ValueError):
+    """The file that a task is made from is not there."""
+
+
 class Task(Protocol):
     """Makes samples. Implementations are frozen dataclasses that check their parameters when they are built."""
 
@@ -65,10 +69,11 @@ class Task(Protocol):
 
     @property
     def metric(self) -> Metric:
-        """How answers are judged: "exact", "perplexity", or a name in `metrics.METRICS`.
+        """How answers are judged: "exact", "perplexity", "drift", "judge", or a name in `metrics.METRICS`.
 
         "exact": greedy decoding would write exactly one of the answers; they are fed, nothing is written. "perplexity":
-        of the answer's tokens. Of any other the answer is written, and the text is scored.
+        of the answer's tokens. "drift": see `Drift`. "judge": the answer is written and not scored; a judge of the
+        benchmark's own reads it (`export_predictions`). Of any other the answer is written, and the text is scored.
         """
         ...
 

@@ -1,6 +1,7 @@
 """What things are hidden in: an essay's sentences, or one line again and again (as in RULER, arXiv 2404.06654)."""
 
 import functools
+import json
 import pathlib
 import random
 import re
@@ -23,6 +24,8 @@ def check_haystack(path: str | None) -> None:
 def essay(path: str | None) -> str:
     """The text of a file, or Python's manual; every run of white space is one space.
 
+    A file that ends with .json is in the format of RULER's PaulGrahamEssays.json: {"text": ...}.
+
     Raises:
       ValueError: The file cannot be read, or is empty.
     """
@@ -31,8 +34,9 @@ def essay(path: str | None) -> str:
     else:
         try:
             text = pathlib.Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"Cannot read the haystack {path}: {error}.") from None
+            text = str(json.loads(text)["text"]) if path.endswith(".json") else text
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"Cannot read the haystack {path}: {error!r}.") from None
     text = " ".join(text.split())
     if not text:
         raise ValueError(f"The haystack {path} is empty.")

@@ -1,8 +1,8 @@
-"""LongBench's 21 tasks (arXiv 2308.14508) from its files, with its prompts, lengths and metrics.
+"""LongBench's 21 tasks (arXiv 2308.14508) from its files, with its prompts, lengths and metrics; and LongBench-E's 13.
 
 The prompt is what the benchmark gives to base models; chat templates are not applied. Data:
 https://huggingface.co/datasets/THUDM/LongBench (data.zip holds a file of JSON lines for each task; those that end in
-`_e` are LongBench-E).
+`_e` are LongBench-E, whose texts are spread evenly over lengths: `metrics.by_words`).
 """
 
 import functools
@@ -35,6 +35,21 @@ ABOUT = {
     "lcc": "writes the next line of code",
     "repobench-p": "writes the next line of code of a repository",
 }
+EVEN = (  # LongBench-E's, see LongBench/pred.py.
+    "qasper",
+    "multifieldqa_en",
+    "hotpotqa",
+    "2wikimqa",
+    "gov_report",
+    "multi_news",
+    "trec",
+    "triviaqa",
+    "samsum",
+    "passage_count",
+    "passage_retrieval_en",
+    "lcc",
+    "repobench-p",
+)
 
 
 def _prompt(template: str, row: Record) -> Prompt:
@@ -45,20 +60,25 @@ def _prompt(template: str, row: Record) -> Prompt:
     return Prompt(context=context, question=question, answers=answers, references=answers, info=info | classes)
 
 
-TASKS = {
-    f"longbench_{name}": Entry(
+def _entry(group: str, name: str, file: str) -> Entry:
+    task = prompts("longbench")[name]
+    return Entry(
         kind=Published,
-        group="longbench",
-        about=f"{ABOUT[name]} (path of {name}.jsonl)",
+        group=group,
+        about=f"{ABOUT[name]} (path of {file})",
         fixed={
-            "name": f"longbench_{name}",
-            "group": "longbench",
+            "name": f"{group}_{name}",
+            "group": group,
             "metric": task["metric"],
-            "files": (f"{name}.jsonl", f"{name}_e.jsonl"),
+            "files": (file,),
             "keys": KEYS,
             "make": functools.partial(_prompt, task["prompt"]),
         },
         defaults={"tokens": task["tokens"]},
     )
-    for name, task in prompts("longbench").items()
+
+
+TASKS = {
+    **{f"longbench_{name}": _entry("longbench", name, f"{name}.jsonl") for name in prompts("longbench")},
+    **{f"longbench_e_{name}": _entry("longbench_e", name, f"{name}_e.jsonl") for name in EVEN},
 }

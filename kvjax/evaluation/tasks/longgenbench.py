@@ -12,12 +12,22 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from kvjax.evaluation.tasks.base import Entry, Metric, Sample, check_number, digest, text_sample, tokenizer_of
+from kvjax.evaluation.tasks.base import (
+    Entry,
+    Metric,
+    MissingFile,
+    Sample,
+    check_number,
+    digest,
+    text_sample,
+    tokenizer_of,
+)
 from kvjax.evaluation.tasks.fit import Prompt
 from kvjax.evaluation.tasks.published import Published, Record, locate, records
 from kvjax.model import Model
 
 LETTERS = "ABCD"
+CHECKS = ("checks_once", "checks_range", "checks_periodic")
 INSTRUCTION = (
     "Solve every question step by step, in the form of the examples: an answer begins with 'Answer_' and its number "
     "and ends with 'The answer is'. Do not write questions again. Answer all questions, however many there are.\n\n"
@@ -29,8 +39,11 @@ SUBJECT = "All are multiple choice questions about {subject}.\n\n"
 class ManyAnswers:
     """K questions, all of which are to be answered in one text; the share that is right is scored.
 
-    An answer counts in the place where it stands, and by its last number or letter, as in the benchmark. Answers that
-    were not written are wrong (for GSM8K the benchmark leaves them out of the count).
+    An answer counts in the place where it stands, and by its last number or letter, as in the benchmark
+    (https://github.com/Dominic789654/LongGenBench). Answers that were not written are wrong. There they are left out of
+    the count of GSM8K; of MMLU they are asked for again, as often as it takes, and of the answers only those to the
+    last request count. Where an answer holds no number or letter, the benchmark reads one from a label in its log (its
+    place, or "A"); here it is wrong.
 
     Attributes:
       name: Of the task.
@@ -39,8 +52,9 @@ class ManyAnswers:
       path: Of GSM8K's test.jsonl or its folder; of MMLU's folder that holds the files, or `test` with them.
       examples: Solved examples: for GSM8K a text of "Question_1:" ... "Answer_8:", for MMLU a JSON object of texts with
         "Q:" and "A:" by subject (the benchmark's LongGenBench_prompt.txt and .json).
-      questions: K.
-      count: Number of texts; default: all of GSM8K, one for each of MMLU's subjects.
+      questions: K: the authors' scripts take 35 of GSM8K and 20 of MMLU, and so do the tasks.
+      count: Number of texts; default: 20 of GSM8K, whose first 700 questions the authors ask, and one for each of
+        MMLU's subjects.
       tokens: Written at most.
     """
 
@@ -49,7 +63,7 @@ class ManyAnswers:
     metric: Metric
     path: str
     examples: str
-    questions: int = 30
+    questions: int
     count: int | None = None
     tokens: int = 4096
     group: str = dataclasses.field(default="longgenbench", init=False)
@@ -112,7 +126,7 @@ def _mmlu(task: ManyAnswers) -> list[Prompt]:
     folder = folder / "test" if (folder / "test").is_dir() else folder
     files = sorted(folder.glob("*_test.csv"))
     if not files:
-        raise ValueError(f"There is no SUBJECT_test.csv at {task.path}: give the folder of MMLU's data.")
+        raise MissingFile(f"There is no SUBJECT_test.csv at {task.path}: give the folder of MMLU's data.")
     try:
         solved = json.loads(_text(task.examples))
     except ValueError as error:
@@ -183,7 +197,8 @@ def _plan(row: Record) -> Prompt:
         context=context,
         question="\n" + question,
         answers=(f"\n#*# {unit} 2",),
-        info={"unit": unit, "units": int(row["number"]), "heading": heading},
+        # What units should hold is for the benchmark's own judge: see `export_predictions`.
+        info={"unit": unit, "units": int(row["number"]), "heading": heading, **{key: row[key] for key in CHECKS}},
     )
 
 
@@ -193,15 +208,17 @@ TASKS = {
         group="longgenbench",
         about="answers many questions of GSM8K in one text (path of test.jsonl, examples: path of solved ones)",
         fixed={"name": "longgenbench_gsm8k", "data": "gsm8k", "metric": "numbered_numbers"},
+        defaults={"questions": 35, "count": 20},
     ),
     "longgenbench_mmlu": Entry(
         kind=ManyAnswers,
         group="longgenbench",
         about="answers many questions of MMLU in one text (path of its folder, examples: path of solved ones)",
         fixed={"name": "longgenbench_mmlu", "data": "mmlu", "metric": "numbered_letters"},
+        defaults={"questions": 20},
     ),
-    # Its judge, a language model, is not run: whether units hold what they should is not known. There is no reference
-    # text either, so likelihood is that of the second unit's heading.
+    # Its judge, a language model, is not run here: whether units hold what they should is not known. There is no
+    # reference text either, so likelihood is that of the second unit's heading.
     "longgenbench_plans": Entry(
         kind=Published,
         group="longgenbench_plans",
@@ -211,7 +228,7 @@ TASKS = {
             "group": "longgenbench_plans",
             "metric": "completion_rate",
             "files": ("Dataset_short.json", "Dataset_long.json"),
-            "keys": ("prompt", "type", "prefix", "number"),
+            "keys": ("prompt", "type", "prefix", "number", *CHECKS),
             "make": _plan,
             "stop": ("*** finished",),
         },

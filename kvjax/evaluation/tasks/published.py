@@ -10,7 +10,16 @@ from typing import Any
 
 from kvjax.checkpoints import Tokenizer
 from kvjax.evaluation.metrics import OF_CHINESE_WORDS, chinese_words
-from kvjax.evaluation.tasks.base import Ids, Metric, Sample, check_number, digest, text_sample, tokenizer_of
+from kvjax.evaluation.tasks.base import (
+    Ids,
+    Metric,
+    MissingFile,
+    Sample,
+    check_number,
+    digest,
+    text_sample,
+    tokenizer_of,
+)
 from kvjax.evaluation.tasks.fit import Prompt
 from kvjax.model import Model
 
@@ -28,14 +37,14 @@ def locate(path: str, names: Sequence[str]) -> pathlib.Path:
     """The file itself, or the first of these names in a folder.
 
     Raises:
-      ValueError: There is none.
+      MissingFile: There is none.
     """
     place = pathlib.Path(path)
     if place.is_file():
         return place
     found = [place / name for name in names if (place / name).is_file()]
     if not found:
-        raise ValueError(f"There is no {' or '.join(names)} at {path}: give path=FILE, or the folder it is in.")
+        raise MissingFile(f"There is no {' or '.join(names)} at {path}: give path=FILE, or the folder it is in.")
     return found[0]
 
 
@@ -143,9 +152,13 @@ class Published:
             samples.append(self._shortened(tokenizer, sample, prompt.cut))
         return samples
 
+    def _rows(self, file: pathlib.Path) -> Sequence[Record]:
+        """One for every question."""
+        return records(file, self.keys)
+
     def _prompts(self) -> list[Prompt]:
         file = locate(self.path, self.files)
-        made = (self._prompt(file, i, row) for i, row in enumerate(records(file, self.keys), 1))
+        made = (self._prompt(file, i, row) for i, row in enumerate(self._rows(file), 1))
         kept = list(itertools.islice((prompt for prompt in made if prompt is not None), self.count))
         if not kept:
             raise ValueError(f"{file} has no row that can be used.")

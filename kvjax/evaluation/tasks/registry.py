@@ -3,9 +3,11 @@
 import dataclasses
 import difflib
 import pathlib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from kvjax.evaluation.metrics import MissingPackage
 from kvjax.evaluation.tasks import (
     infinitebench,
     longbench,
@@ -17,7 +19,7 @@ from kvjax.evaluation.tasks import (
     scbench,
     zeroscrolls,
 )
-from kvjax.evaluation.tasks.base import Entry, Task
+from kvjax.evaluation.tasks.base import Entry, MissingFile, Task
 from kvjax.evaluation.tasks.jsonl import read_json_lines
 from kvjax.evaluation.tasks.text import Drift, Perplexity, Stream
 
@@ -76,12 +78,15 @@ def make_task(name: str, **parameters: Any) -> Task:
 def make_tasks(name: str, **parameters: Any) -> tuple[Task, ...]:
     """All tasks of a group, or the one of that name.
 
+    Of a group those are left out whose file is not there, or whose metric's package is not installed; a warning says
+    which and why.
+
     Args:
       name: A group such as "ruler", a task or a file.
       **parameters: As of `make_task`; in a group each goes to the tasks that have it.
 
     Raises:
-      ValueError: As `make_task` does, or no task of the group has the parameter.
+      ValueError: As `make_task` does, no task of the group has the parameter, or none is left.
     """
     members = groups().get(name, ())
     if name in TASKS or not members:
@@ -100,7 +105,18 @@ def make_tasks(name: str, **parameters: Any) -> tuple[Task, ...]:
         needs = " and ".join(_missing(TASKS[lacking[0]], given))
         raise ValueError(f"{' and '.join(lacking)} of {name} need {needs}: give it{others}.")
     fitting = {member: {k: v for k, v in given.items() if k in TASKS[member].parameters} for member in members}
-    return tuple(make_task(member, **fitting[member]) for member in members)
+    tasks, left_out = [], {}
+    for member in members:
+        try:
+            tasks.append(make_task(member, **fitting[member]))
+        except (MissingFile, MissingPackage) as error:
+            left_out[member] = str(error)
+    reasons = "".join(f"\n  {member}: {reason}" for member, reason in left_out.items())
+    if not tasks:
+        raise ValueError(f"No task of {name} can be made:{reasons}")
+    if left_out:
+        warnings.warn(f"Left out of {name}:{reasons}", stacklevel=2)
+    return tuple(tasks)
 
 
 def _missing(entry: Entry, given: Mapping[str, Any]) -> list[str]:

@@ -40,7 +40,7 @@ class Niah:
       context: Tokens of the whole: prompt and the answer's `tokens`, as RULER counts.
       count: Number of samples; RULER takes 500.
       seed: Of keys, values and depths.
-      haystack: Path of a text file in the place of Python's manual.
+      haystack: Path of a text file, or of RULER's PaulGrahamEssays.json, in the place of Python's manual.
       tokens: Written at most.
     """
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from kvjax.evaluation.tasks.base import Metric, Sample, check_number, digest, tokenizer_of
 from kvjax.evaluation.tasks.fit import Prompt, fitted
+from kvjax.evaluation.tasks.published import locate
 from kvjax.model import Model
 
 INTRODUCTION = (
@@ -119,13 +120,7 @@ class Questions:
 
 
 def _find(data: str, path: str) -> pathlib.Path:
-    place = pathlib.Path(path)
-    if place.is_file():
-        return place
-    found = [place / name for name in FILES[data] if (place / name).is_file()]
-    if not found:
-        raise ValueError(f"There is no {' or '.join(FILES[data])} at {path}: give path=FILE, or the folder it is in.")
-    return found[0]
+    return locate(path, FILES[data])
 
 
 @functools.cache

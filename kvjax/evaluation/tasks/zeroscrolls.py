@@ -1,10 +1,15 @@
 """ZeroSCROLLS' ten tasks (arXiv 2305.14196) from its files, whose rows hold the whole prompt.
 
 Answers are published for the validation split alone (about twenty rows a task), so results are no leaderboard's. Too
-long documents lose their end and get the benchmark's note on that, as in its own code. ROUGE is taken without stemming;
-choices, percentages and orders are read from what was written as `metrics` says. Data:
+long documents lose their end and get the benchmark's note on that, as in its own code. Its evaluator is not published;
+ROUGE is that of SCROLLS, by the same authors (metrics/scrolls.py of https://huggingface.co/datasets/tau/scrolls). A row
+has ROUGE-1, 2 and L, and their geometric mean as its score; the published number, which is made of their means over
+samples, comes from `metrics.aggregate`. F1 is of SQuAD's normal words; that Unicode is written in ASCII before, as the
+paper says, is left out. Choices, percentages and orders are read from what was written as `metrics` says. Data:
 https://huggingface.co/datasets/tau/zero_scrolls.
 """
+
+import pathlib
 
 from kvjax.evaluation.tasks.base import Entry
 from kvjax.evaluation.tasks.fit import Prompt
@@ -22,12 +27,22 @@ SPECS = {  # Tokens to write (experiments/api/api.py), metric, what is asked.
     "space_digest": (36, "percentage_similarity", "says how many reviews are positive"),
     "book_sum_sort": (256, "concordance", "puts summaries of chapters in order"),
 }
-KEYS = ("input", "output", "document_end_index", "truncation_seperator")
+KEYS = ("id", "input", "output", "document_end_index", "truncation_seperator")
+
+
+class ZeroScrolls(Published):
+    """Rows of the same id are one question with several answers, as in SCROLLS' evaluator."""
+
+    def _rows(self, file: pathlib.Path) -> list[Record]:
+        by_id: dict[str, list[Record]] = {}
+        for row in super()._rows(file):
+            by_id.setdefault(row["id"], []).append(row)
+        return [{**same[0], "output": [row["output"] for row in same if row["output"]]} for same in by_id.values()]
 
 
 def _prompt(row: Record) -> Prompt:
     end = int(row["document_end_index"])
-    answers = listed(row["output"]) if row["output"] else ()
+    answers = listed(row["output"])
     return Prompt(
         context=row["input"][:end],
         question=row["input"][end:],
@@ -39,7 +54,7 @@ def _prompt(row: Record) -> Prompt:
 
 TASKS = {
     f"zeroscrolls_{name}": Entry(
-        kind=Published,
+        kind=ZeroScrolls,
         group="zeroscrolls",
         about=f"{about} (path of {name}.jsonl, validation)",
         fixed={
