@@ -59,7 +59,7 @@ def test_a_folder_of_one_job_is_a_run(tmp_path):
     run = read_run(tmp_path)
     data = page_data(run)
     assert len(run.jobs) == 1 and data["config"] == run.rows[0]["config"]
-    assert data["heads"] is None and data["drift"] == [] and len(data["kept"]) == 1
+    assert data["heads"] == [] and data["drift"] == [] and len(data["kept"]) == 1
 
 
 def test_what_is_missing_is_left_out(tmp_path):
@@ -69,7 +69,7 @@ def test_what_is_missing_is_left_out(tmp_path):
         path.unlink()
     shutil.rmtree(folder / "drift-300-agnostic")
     data = page_data(read_run(folder))
-    assert data["heads"] is None and data["kept"] == [] and data["drift"] == [] and data["needles"]
+    assert data["heads"] == [] and data["kept"] == [] and data["drift"] == [] and data["needles"]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_folder_without_results_is_refused(tmp_path):
 
 def test_boards_are_the_leaderboards(run, data):
     names = [policy["name"] for policy in data["policies"]]
-    of = {"*/*/*": run.rows, "0/*/0": run.jobs[0].rows, "0/0/1": run.jobs[1].rows}
+    of = {"0/*/*/*": run.rows, "0/0/*/0": run.jobs[0].rows, "0/0/0/1": run.jobs[1].rows}
     for key, rows in of.items():
         board = data["boards"][data["keys"][key]]
         expected = leaderboard(rows)
@@ -113,7 +113,7 @@ def test_boards_are_the_leaderboards(run, data):
 
 def test_all_jobs_count_alike_and_perplexity_stands_apart(run, data):
     column = {name: i + 1 for i, name in enumerate(COLUMNS)}
-    full = data["boards"][data["keys"]["*/*/*"]][0]
+    full = data["boards"][data["keys"]["0/*/*/*"]][0]
     scores = [np.mean([row["score"] for row in job.rows if row["policy"] == "full"]) for job in run.jobs[:2]]
     logs = [np.log(row["perplexity"]) for row in run.jobs[3].rows if row["policy"] == "full"]
     assert full[column["score"]] == pytest.approx(np.mean(scores), rel=1e-4)
@@ -124,8 +124,8 @@ def test_choices_of_the_same_jobs_share_a_board_and_impossible_ones_have_none(da
     keys = data["keys"]
     drift = [task["name"] for task in data["tasks"]].index("drift")
     aware = data["protocols"].index("aware")
-    assert keys[f"{drift}/*/*"] == keys[f"{drift}/0/*"]
-    assert f"{drift}/*/{aware}" not in keys
+    assert keys[f"0/{drift}/*/*"] == keys[f"0/{drift}/0/*"]
+    assert f"0/{drift}/*/{aware}" not in keys
     assert len(data["boards"]) == len(set(keys.values()))
 
 
@@ -141,7 +141,7 @@ def test_needles_are_means_of_their_samples(run, data):
 def test_many_depths_fall_into_bins(run):
     job = run.jobs[0]
     rows = [{**job.rows[0], "sample": str(i), "depth": i / 49, "score": float(i < 5)} for i in range(50)]
-    needle = page_module._needles(rows, [rows[0]["policy"]])[0]
+    needle = page_module._needles(rows, [rows[0]["model"]], [rows[0]["policy"]])[0]
     assert len(needle["depths"]) == 10
     assert [row[0] for row in needle["scores"][0]] == [1.0] + 9 * [0.0]
 

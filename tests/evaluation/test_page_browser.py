@@ -218,7 +218,7 @@ def test_every_figure_can_be_saved(visit, tmp_path):
 def test_a_phone_scrolls_one_way(visit):
     page = visit(width=360)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
-    table = page.locator("#board .scroll")
+    table = page.locator("#board > .scroll")
     assert table.evaluate("node => node.scrollWidth > node.clientWidth")
     page.set_viewport_size({"width": 320, "height": 700})
     settled(page)

@@ -23,7 +23,7 @@ const byId = (id) => document.getElementById(id);
 
 // What is chosen: in the address behind #, by name, so that a link shows what its sender saw.
 
-const START = { q: "", task: ANY, length: ANY, protocol: ANY, budget: ANY, sort: "", y: "", needles: "", drift: "", job: "", shown: "" };
+const START = { q: "", model: DATA.models[0], against: POLICIES[DATA.against].name, task: ANY, length: ANY, protocol: ANY, budget: ANY, sort: "", y: "", needles: "", drift: "", job: "", shown: "" };
 const state = { ...START };
 
 function readHash() {
@@ -41,9 +41,27 @@ function writeHash() {
 const index = (names, name) => (name === ANY ? ANY : names.findIndex((other) => String(other) === name));
 const TASKS = DATA.tasks.map((task) => task.name);
 
-function board(task = state.task, length = state.length, protocol = state.protocol) {
-  const key = [index(TASKS, task), index(DATA.lengths, length), index(DATA.protocols, protocol)].join("/");
-  return key in DATA.keys ? DATA.boards[DATA.keys[key]] : [];
+// The board's index, undefined where there is no job of what is chosen.
+function boardAt(task = state.task, length = state.length, protocol = state.protocol) {
+  const model = Math.max(0, DATA.models.indexOf(state.model));
+  return DATA.keys[[model, index(TASKS, task), index(DATA.lengths, length), index(DATA.protocols, protocol)].join("/")];
+}
+const board = (...chosen) => DATA.boards[boardAt(...chosen)] ?? [];
+const ofModel = ({ model }) => model === Math.max(0, DATA.models.indexOf(state.model));
+
+const against = () => Math.max(0, POLICIES.findIndex((policy) => policy.name === state.against));
+
+// How a policy differs from the one that is compared with, by one measure, or null: {mean, low, high, p, differs}.
+function difference(policy, measure) {
+  const pairs = PAIRS[boardAt()];
+  const found = pairs?.[measure];
+  const [a, b] = [policy, against()].map((of) => pairs?.policies.indexOf(of) ?? -1);
+  const pair = a < 0 || b < 0 || a === b ? null : found?.pairs[Math.max(a, b)][Math.min(a, b)];
+  if (!pair) return null;
+  const [mean, low, high, p] = pair;
+  const differs = found.differs[b][a] === "1";
+  if (a > b) return { mean, low, high, p, differs };
+  return { mean: -mean, low: given(high) ? -high : null, high: given(low) ? -low : null, p, differs };
 }
 
 const NO_BUDGET = "none";
@@ -53,6 +71,14 @@ function shows(policy) {
   const words = state.q.toLowerCase().split(/\s+/).filter(Boolean);
   const size = state.budget === ANY || policy === 0 || (budget ?? NO_BUDGET) === state.budget;
   return size && words.every((word) => name.toLowerCase().includes(word));
+}
+
+let PAIRS = []; // Differences of any two policies, board by board; unpacked at the start.
+
+async function unpack(packed) {
+  const raw = Uint8Array.from(atob(packed), (char) => char.charCodeAt(0));
+  const stream = new Blob([raw]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Response(stream).json();
 }
 
 // Numbers.
@@ -155,6 +181,13 @@ function choose(label, key, options, onChange) {
     onChange();
   });
   return el("label", { class: "field" }, label, select);
+}
+
+// A choice whose options follow other choices: drawn anew, the focus stays on it.
+function chooseAnew(host, label, key, options, least = 2) {
+  const focused = host.contains(document.activeElement);
+  host.replaceChildren(options.length >= least ? choose(label, key, options, refresh) : "");
+  if (focused) host.querySelector("select")?.focus();
 }
 
 const ruler = document.createElement("canvas").getContext("2d");

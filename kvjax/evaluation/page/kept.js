@@ -3,26 +3,28 @@
 const LEVELS = 20;
 const BINS = 160;
 let job = null; // Unpacked, the one that is shown.
-
-async function unpack(packed) {
-  const raw = Uint8Array.from(atob(packed), (char) => char.charCodeAt(0));
-  const stream = new Blob([raw]).stream().pipeThrough(new DecompressionStream("deflate"));
-  return new Response(stream).json();
-}
+let opened = null; // The same, packed.
+const keptHere = () => DATA.kept.filter(ofModel);
 
 function startKept() {
-  const options = DATA.kept.map((kept) => [kept.job, kept.job]);
-  byId("kept-choices").replaceChildren(choose("Job", "job", options, openJob));
   if (DATA.kept_left_out.length) byId("kept-missing").textContent = `Left out, so that this page stays small: ${DATA.kept_left_out.join(", ")}.`;
   else byId("kept-missing").remove();
   figure(byId("kept-budgets"), "budgets", "Slots in use by layer and KV head", (width) => job && drawBudgets(width));
   figure(byId("kept-strip"), "tokens", "Tokens kept along the prompt", (width) => job && drawStrip(width));
-  return openJob();
+}
+
+function drawKeptChoices() {
+  chooseAnew(byId("kept-choices"), "Job", "job", keptHere().map((kept) => [kept.job, kept.job]), 1);
+  openJob();
 }
 
 async function openJob() {
-  const chosen = DATA.kept.find((kept) => kept.job === state.job) ?? DATA.kept[0];
-  job = await unpack(chosen.packed);
+  const chosen = keptHere().find((kept) => kept.job === state.job) ?? keptHere()[0];
+  if (chosen === opened) return;
+  opened = chosen;
+  const unpacked = chosen ? await unpack(chosen.packed) : null;
+  if (chosen !== opened) return; // Another was chosen meanwhile.
+  job = unpacked;
   refresh();
 }
 
@@ -87,8 +89,7 @@ let spans = [];
 let spansOf = null;
 
 function drawText() {
-  if (!job) return;
-  const at = withShare();
+  const at = job ? withShare() : [];
   const title = byId("kept-text-title");
   const parts = [title, byId("kept-policy"), byId("kept-legend"), byId("kept-text")];
   for (const part of parts) part.hidden = !at.length;
@@ -96,10 +97,7 @@ function drawText() {
   const options = at.map((i) => [POLICIES[job.policies[i]].name, POLICIES[job.policies[i]].name]);
   // The first that does not keep everything has most to show.
   if (!options.some(([name]) => name === state.shown)) state.shown = options[Math.max(0, at.findIndex((i) => /[^k]/.test(job.share[i])))][0];
-  const host = byId("kept-policy");
-  const focused = host.contains(document.activeElement);
-  host.replaceChildren(choose("Policy", "shown", options, refresh));
-  if (focused) host.querySelector("select").focus();
+  chooseAnew(byId("kept-policy"), "Policy", "shown", options, 1);
   if (spansOf !== job) makeSpans();
   const i = at.find((j) => POLICIES[job.policies[j]].name === state.shown);
   const levels = Array.from(job.share[i], (char) => parseInt(char, 36));
