@@ -61,7 +61,7 @@ def share_interval(groups: Groups, clusters: Clusters, level: float = 0.95) -> t
     Raises:
       ValueError: There is no group or an empty one, or not as many clusters as values, or a value is out of range.
     """
-    if any(not 0 <= value <= 1 for values in groups for value in values):
+    if any(not -1e-9 <= value <= 1 + 1e-9 for values in groups for value in values):  # But for rounding.
         raise ValueError("An interval of shares is one of values from 0 to 1.")
     mean = _mean(groups, clusters)
     most = mean.value * (1 - mean.value)

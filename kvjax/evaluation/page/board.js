@@ -168,7 +168,7 @@ function drawDifferences(rows) {
 function differenceCells(policy, key, found) {
   if (!found) return [MISSING, "", ""].map((text) => el("td", {}, text));
   const { scale, places } = COMPARED[key];
-  const show = (v) => (scale * v).toFixed(places).replace("-", "−");
+  const show = (v) => (scale * v).toFixed(places).replace(/^-(?=0\.0*$)/, "").replace("-", "−");
   const range = given(found.low) ? `${show(found.low)} to ${show(found.high)}` : "unknown";
   return [
     el("td", {}, `${found.mean > 0 ? "+" : ""}${show(found.mean)}`, mark([policy], key)),

@@ -130,10 +130,11 @@ const HUES = {
 };
 const hue = (i) => HUES[dark.matches ? "dark" : "light"][i % 8];
 
-// Remarks on what the pointer or the focus is on.
+// Remarks on what the pointer, a finger or the focus is on.
 
 const TIPS = new WeakMap();
 const tip = byId("tip");
+let tipped = null; // What the remark is on.
 
 function remark(node, ...lines) {
   TIPS.set(node, lines);
@@ -144,6 +145,7 @@ function showTip(node, x, y) {
   const [title, ...rest] = TIPS.get(node);
   tip.replaceChildren(el("b", {}, title), ...rest.filter(Boolean).map((line) => el("i", {}, line)));
   tip.hidden = false;
+  tipped = node;
   const { width, height } = tip.getBoundingClientRect();
   const left = Math.max(6, Math.min(x + 14, innerWidth - width - 6));
   const top = y + 18 + height > innerHeight ? y - height - 12 : y + 18;
@@ -155,21 +157,27 @@ function remarked(node) {
   while (node && node !== document && !TIPS.has(node)) node = node.parentNode;
   return node && TIPS.has(node) ? node : null;
 }
-document.addEventListener("pointermove", (event) => {
+function tipOfPointer(event) {
   const node = remarked(event.target);
   if (node) showTip(node, event.clientX, event.clientY);
   else tip.hidden = true;
-});
+}
+document.addEventListener("pointermove", tipOfPointer);
+document.addEventListener("pointerdown", tipOfPointer); // A finger that taps does not move.
 function tipOfFocus() {
   const node = remarked(document.activeElement);
-  if (!node) return void (tip.hidden = true);
+  if (!node) return; // What a finger has called up stays.
   const box = node.getBoundingClientRect();
   showTip(node, box.left + box.width / 2, box.top + box.height / 2);
 }
 document.addEventListener("focusin", tipOfFocus);
-document.addEventListener("focusout", () => (tip.hidden = true));
+document.addEventListener("focusout", (event) => remarked(event.target) === tipped && (tip.hidden = true));
 document.addEventListener("keydown", (event) => event.key === "Escape" && (tip.hidden = true));
-addEventListener("scroll", () => tip.hidden || tipOfFocus(), { passive: true }); // Focus may have made it scroll.
+function tipOfScroll() {
+  tip.hidden = true;
+  tipOfFocus(); // It may have made the page scroll.
+}
+addEventListener("scroll", () => tip.hidden || tipOfScroll(), { passive: true });
 
 // Choosing.
 

@@ -63,7 +63,11 @@ function drawDrift(width, drift, key) {
     out.push(group);
   });
   const say = `Along the text, means: ${lines.map((line) => `${line.name} ${digits(line.values.reduce((sum, v) => sum + v, 0) / pieces)}`).join(", ")}`;
-  return svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": say }, out);
+  return withNumbers(svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": say }, out), {
+    head: ["tokens written", ...lines.map((line) => line.name)],
+    names: 1,
+    rows: () => lines[0].values.map((_, n) => [count(Math.round(((n + 0.5) / pieces) * tokens)), ...lines.map((line) => digits(line.values[n]))]),
+  });
 }
 
 function highlight(group, on) {

@@ -13,6 +13,9 @@ function startKept() {
   figure(byId("kept-strip"), "tokens", "Tokens kept along the prompt", (width) => job && drawStrip(width));
 }
 
+const [textFold, showTextNumbers] = numberFold(() => byId("kept-text-title").textContent);
+byId("kept-text").after(textFold);
+
 function drawKeptChoices() {
   chooseAnew(byId("kept-choices"), "Job", "job", keptHere().map((kept) => [kept.job, kept.job]), 1);
   openJob();
@@ -41,6 +44,7 @@ function drawBudgets(width) {
     columns: Array.from({ length: heads }, (_, i) => String(i)),
     rowTitle: "layer",
     columnTitle: "KV head",
+    number: count,
     domain: [0, most],
     format: (v) => count(v),
     unit: "slots",
@@ -62,15 +66,18 @@ function drawStrip(width) {
   const [rowH, top] = [left ? 18 : 32, 26];
   const height = top + at.length * rowH + 22;
   const cellW = (width - left - 8) / bins;
+  const meanOf = (i, b) => {
+    let sum = 0;
+    for (let t = edge(b); t < edge(b + 1); t++) sum += parseInt(job.share[i][t], 36) / LEVELS;
+    return sum / (edge(b + 1) - edge(b));
+  };
   const out = [legend(left, 4, { domain: [0, 1], format: (v) => `${100 * v}`, unit: "% of heads keep it" })];
   at.forEach((i, r) => {
     const y = top + r * rowH + (left ? 0 : 15);
     out.push(svg("text", left ? { x: left - 8, y: y + 12, "text-anchor": "end" } : { x: 0, y: y - 3 }, names[r]));
     const strip = svg("g");
     for (let b = 0; b < bins; b++) {
-      let sum = 0;
-      for (let t = edge(b); t < edge(b + 1); t++) sum += parseInt(job.share[i][t], 36) / LEVELS;
-      const mean = sum / (edge(b + 1) - edge(b));
+      const mean = meanOf(i, b);
       const box = svg("rect", { x: left + b * cellW, y, width: cellW + 0.4, height: left ? rowH - 3 : 13, fill: ramp(mean) });
       strip.append(remark(box, names[r], `tokens ${count(edge(b))} to ${count(edge(b + 1) - 1)}`, `${percent(mean, 0)} % kept`));
     }
@@ -80,7 +87,12 @@ function drawStrip(width) {
     const x = left + (v / job.tokens.length) * bins * cellW;
     out.push(svg("text", { class: "dim", x, y: height - 6, "text-anchor": v === 0 ? "start" : x > width - 30 ? "end" : "middle" }, count(v)));
   }
-  return svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Share of heads that keep tokens along the prompt, for ${names.join(", ")}` }, out);
+  const say = `Share of heads that keep tokens along the prompt, for ${names.join(", ")}`;
+  return withNumbers(svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": say }, out), {
+    head: ["tokens", ...names],
+    names: 1,
+    rows: () => Array.from({ length: bins }, (_, b) => [`${count(edge(b))} to ${count(edge(b + 1) - 1)}`, ...at.map((i) => `${percent(meanOf(i, b), 0)} %`)]),
+  });
 }
 
 // The text itself. Spans are made once per job; another policy only changes their colour.
@@ -93,7 +105,7 @@ function drawText() {
   const title = byId("kept-text-title");
   const parts = [title, byId("kept-policy"), byId("kept-legend"), byId("kept-text")];
   for (const part of parts) part.hidden = !at.length;
-  if (!at.length) return;
+  if (!at.length) return showTextNumbers(null);
   const options = at.map((i) => [POLICIES[job.policies[i]].name, POLICIES[job.policies[i]].name]);
   // The first that does not keep everything has most to show.
   if (!options.some(([name]) => name === state.shown)) state.shown = options[Math.max(0, at.findIndex((i) => /[^k]/.test(job.share[i])))][0];
@@ -109,6 +121,12 @@ function drawText() {
   });
   const kept = levels.reduce((sum, level) => sum + level, 0) / LEVELS / levels.length;
   byId("kept-legend").replaceChildren("0 ", el("span", { class: "scale" }), ` 100 % of heads keep a token. ${state.shown}: ${percent(kept)} % of ${count(levels.length)} tokens, mean over heads.`);
+  const { tokens } = job;
+  showTextNumbers({
+    head: ["token", "text", `heads that keep it, ${state.shown}`],
+    names: 2,
+    rows: () => levels.map((level, t) => [count(t), JSON.stringify(tokens[t]), `${Math.round((100 * level) / LEVELS)} %`]),
+  });
 }
 
 function makeSpans() {
