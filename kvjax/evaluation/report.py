@@ -135,6 +135,9 @@ def table(summaries: Sequence[Row], heading: str = "") -> Table:
         speed = row["decode_tokens_per_s"]
         cells.append(f"{speed:.1f} tok/s ({row['decode_ratio']:.2f}x)" if speed else "-")
         out.add_row(*cells)
+    if any("*" in star(row, key) for row in summaries for key in row["differences"]):
+        out.caption_justify = "left"
+        out.caption = f"* differs from {summaries[0]['policy']} (paired sign-flip test, Holm over all policies, 95 %)"
     return out
 
 

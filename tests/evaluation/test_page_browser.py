@@ -37,6 +37,17 @@ def asked_often(run: Run) -> Run:
 
 
 @pytest.fixture(scope="module")
+def address_of_two(tmp_path_factory):
+    """Of a run of two models, the second with one job only."""
+    run = read_run(RUN)
+    rows = [{**row, "model": "other", "score": 0.0} for row in run.jobs[0].rows]
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    jobs = (*run.jobs, dataclasses.replace(run.jobs[0], name="other/needle", rows=rows))
+    path.write_text(make_page(page_data(dataclasses.replace(run, jobs=jobs))), encoding="utf-8")
+    return path.as_uri()
+
+
+@pytest.fixture(scope="module")
 def browser():
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -47,23 +58,24 @@ def browser():
 @pytest.fixture
 def visit(browser, address):
     """Opens the page; afterwards there must have been no complaint and no request but for the page itself."""
-    contexts, complaints, requests = [], [], []
+    contexts, complaints, requests, addresses = [], [], [], set()
 
-    def open_page(hash: str = "", width: int = 1280, scheme: str = "light", touch: bool = False):
+    def open_page(hash: str = "", width: int = 1280, scheme: str = "light", touch: bool = False, at: str = address):
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, has_touch=touch)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda said: complaints.append(said.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
-        page.goto(address + hash)
+        addresses.add(at)
+        page.goto(at + hash)
         page.wait_for_selector("#kept-text span")
         return page
 
     yield open_page
     assert complaints == []
     outside = [url for url in requests if not url.startswith(("data:", "blob:"))]
-    assert outside and {url.split("#")[0] for url in outside} == {address}
+    assert outside and {url.split("#")[0] for url in outside} == addresses
     for context in contexts:
         context.close()
 
@@ -215,6 +227,22 @@ def test_another_policy_to_compare_with(visit):
     assert before["full"] == after[least] == "" and "against=random" in page.evaluate("location.hash")
     assert less[0].startswith("−") and "▼" in less[0] and "+" + less[0][1:].replace("▼", "▲").split("▲")[0] in more[0]
     assert less[2] == more[2]  # The same test.
+
+
+def test_one_model_at_a_time(visit, address_of_two):
+    assert visit().locator("select[name=model]").count() == 0
+    page = visit(at=address_of_two)
+    assert max(column(page, 1)) > 0 and page.locator("#figure-heads").is_visible()
+    jobs = page.locator("select[name=job] option").count()
+    page.locator("select[name=model]").select_option("other")
+    page.wait_for_function("() => document.querySelector('select[name=job]').options.length === 1")
+    settled(page)
+    assert set(column(page, 1)) == {0} and "other" in page.locator("#board-about").inner_text()
+    assert page.locator("#figure-heads").is_hidden() and page.locator("#figure-drift-kl").is_hidden()
+    assert page.locator("#figure-needles").is_visible() and page.locator("#figure-budgets").is_visible()
+    page.locator("#reset").click()
+    page.wait_for_function("jobs => document.querySelector('select[name=job]').options.length === jobs", arg=jobs)
+    assert max(column(page, 1)) > 0 and page.locator("#figure-heads").is_visible()
 
 
 def test_numbers_of_figures_by_keyboard(visit):
