@@ -75,8 +75,9 @@ def share_interval(groups: Groups, clusters: Clusters, level: float = 0.95) -> t
 def difference_interval(groups: Groups, clusters: Clusters, level: float = 0.95) -> tuple[float, float]:
     """As `share_interval`, of differences between two shares, from -1 to 1.
 
-    Equal answers everywhere do not say that none ever differs: away from the mean, the variance grows with slope one,
-    as that of differences which are there or not.
+    Equal answers everywhere do not say that none ever differs, and a few gains do not say that there are no losses:
+    away from the mean, the variance grows with slope one, as that of differences which are there or not. So zero may
+    be inside where `sign_flip`, which asks about zero alone, finds a difference.
 
     Returns:
       (low, high), within -1 and 1.

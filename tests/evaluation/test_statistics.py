@@ -6,6 +6,7 @@ import scipy.stats
 
 from kvjax.evaluation.statistics import difference_interval, differs, share_interval, sign_flip, t_interval
 
+TIES = [-1.0, 1.0] + 18 * [0.0]  # Differences of which few are there.
 LEADERBOARD = (5, 5, 3, 3, 3, 3, 3, 2, 2, 2, 2)  # Contexts of each job.
 
 
@@ -83,6 +84,9 @@ def test_intervals_of_differences_cover_the_truth():
     for sizes in (LEADERBOARD, (20,), (3, 3), (1, 4, 4)):
         for rates in ([0.0], [-0.05], [-0.5], [-0.9, 0.1]):
             assert coverage(difference_interval, sizes, rates, draw) >= 0.91
+        # Gains and losses are alike, and few: where only some of them show, the others may still be there.
+        rare = coverage(difference_interval, sizes, [0.0], lambda random, _, n: random.choice(TIES, n))
+        assert rare >= 0.91
 
     def likelihood(random, rate, size):
         return random.normal(rate, 0.3 + rate, size)
