@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from kvjax.evaluation.comparison import MEASURES, differences, jobs_of, score_interval
 from kvjax.evaluation.results import Row
 from kvjax.policies import parse_policy, phase
 
@@ -15,13 +16,18 @@ from kvjax.policies import parse_policy, phase
 def summarize(rows: Sequence[Row]) -> list[Row]:
     """One row per policy, in the order of the results; the full cache is first.
 
-    Bytes and slots are means over samples, likelihoods are means over tokens.
+    Bytes and slots are means over samples, likelihoods are means over tokens. Scores have an interval (low, high), and
+    differences are those from the first policy, on the same samples, a mapping of `comparison.Difference` for each of
+    `comparison.MEASURES` that there is.
     """
-    names = list(dict.fromkeys(row["policy"] for row in rows))
-    groups = {name: [row for row in rows if row["policy"] == name] for name in names}
-    summaries = [_summary(group) for group in groups.values()]
+    jobs = jobs_of(rows)
+    summaries = [_summary([row for of in mine.values() for row in of]) for mine in jobs.values()]
     first = summaries[0]
-    for row in summaries:
+    found = {measure.key: differences(jobs, first["policy"], measure) for measure in MEASURES.values()}
+    for row, mine in zip(summaries, jobs.values(), strict=True):
+        row["differences"] = {key: vars(of[row["policy"]]) for key, of in found.items() if row["policy"] in of}
+        if "score" in row:
+            row["low"], row["high"] = score_interval(mine) or (None, None)
         row["smaller"] = first["nbytes"] / row["nbytes"]
         speeds = row["decode_tokens_per_s"], first["decode_tokens_per_s"]
         row["decode_ratio"] = speeds[0] / speeds[1] if all(speeds) else None
@@ -82,13 +88,29 @@ def answered(summary: Row) -> str:
     return f"{right:.0f}/{summary['samples']}" if whole else f"{100 * summary['score']:.1f} %"
 
 
+def range_text(row: Row, scale: float, places: int) -> str:
+    """An interval, such as "12 to 34"."""
+    if row["low"] is None:
+        return "unknown"
+    return f"{scale * row['low']:.{places}f} to {scale * row['high']:.{places}f}"
+
+
+def star(row: Row, measure: str) -> str:
+    """A star where a policy differs from what it is compared with, or a space."""
+    return "*" if row["differences"].get(measure, {}).get("differs") else " "
+
+
 def table(summaries: Sequence[Row], heading: str = "") -> Table:
-    """For the terminal. Bytes are those of the whole cache, and of its full-attention layers, which policies act on."""
+    """For the terminal; a star marks what differs from the first policy's.
+
+    Bytes are those of the whole cache, and of its full-attention layers, which policies act on.
+    """
     scored = "score" in summaries[0]
     mixed = any(row["nbytes_full_layers"] != row["nbytes"] for row in summaries)
     out = Table(title=heading, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
     out.add_column("policy", no_wrap=True)
-    for name in ("answered" if scored else "perplexity", "NLL", "KL", "top-1", "cache", "smaller"):
+    quality_names = ("answered", "95 %") if scored else ("perplexity",)
+    for name in (*quality_names, "NLL", "KL", "top-1", "cache", "smaller"):
         out.add_column(name, justify="right", no_wrap=True)
     if mixed:
         out.add_column("full-attn. layers", justify="right", no_wrap=True)
@@ -97,10 +119,11 @@ def table(summaries: Sequence[Row], heading: str = "") -> Table:
     for row in summaries:
         first = summaries[0]
         quality = answered(row) if scored else f"{row['perplexity']:.2f}"
+        quality = f"[bold]{quality}[/]" if scored and row["score"] == best else quality
         cells = [
             row["policy"],
-            f"[bold]{quality}[/]" if scored and row["score"] == best else quality,
-            f"{row['nll']:.3f}",
+            *((quality + star(row, "score"), range_text(row, 100, 0)) if scored else (quality,)),
+            f"{row['nll']:.3f}{star(row, 'nll')}",
             f"{row['kl']:.3f}",
             f"{100 * row['top1']:.0f} %",
             megabytes(row["nbytes"]),
@@ -112,6 +135,9 @@ def table(summaries: Sequence[Row], heading: str = "") -> Table:
         speed = row["decode_tokens_per_s"]
         cells.append(f"{speed:.1f} tok/s ({row['decode_ratio']:.2f}x)" if speed else "-")
         out.add_row(*cells)
+    if any("*" in star(row, key) for row in summaries for key in row["differences"]):
+        out.caption_justify = "left"
+        out.caption = f"* differs from {summaries[0]['policy']} (paired sign-flip test, Holm over all policies, 95 %)"
     return out
 
 

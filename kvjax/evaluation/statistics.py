@@ -1,91 +1,156 @@
-"""When a difference is one: bootstrap intervals, paired differences, and their correction for many comparisons.
+"""When a difference is one: intervals of means over tasks, a test of paired differences, and its correction for many.
 
-Questions about one context stand or fall together, so contexts are what is drawn again, with all of their questions:
-samples that share a context are a cluster.
+What is averaged comes in groups, such as tasks: a mean is the mean of the groups' means. Questions about one context
+stand or fall together, in whichever group they are: values that share a context are a cluster, and clusters are what
+is independent.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+from scipy.special import stdtrit  # JAX needs scipy: it is there.
 
-DRAWS = 2000  # An interval's ends then move by about a twentieth of its width from seed to seed.
+DRAWS = 10_000  # Assignments of signs that are drawn where they are too many to count.
 EXACT = 12  # Up to so many clusters all 2^n sign flips are counted.
+
+Groups = Sequence[Sequence[float]]  # Values of each group.
+Clusters = Sequence[Sequence[Hashable]]  # The cluster of each value; the same name is the same cluster in all groups.
 
 
 @dataclasses.dataclass(frozen=True)
-class Paired:
-    """How the same samples fared under two policies.
+class _Mean:
+    """A mean of groups' means, and what its clusters tell about its error.
 
     Attributes:
-      difference: Mean of a - b.
-      low: Lower end of its bootstrap interval.
-      high: Upper end.
-      p: Probability of a difference at least as large if signs were a matter of chance (two-sided sign-flip test). With
-        n clusters it is at least 2^(1 - n): a handful of contexts cannot show a difference.
+      value: The mean.
+      variance: Of its error, as clusters differ within their groups (unbiased). Groups of one cluster add nothing.
+      number: Of equal and independent clusters that would have as much weight: 1 / sum of squared weights.
+      alone: Sum of squared weights of groups of one cluster, of whose spread nothing is known.
+      freedom: Degrees of freedom of the variance (Satterthwaite 1946); infinite where nothing differs.
     """
 
-    difference: float
-    low: float
-    high: float
-    p: float
+    value: float
+    variance: float
+    number: float
+    alone: float
+    freedom: float
 
 
-def bootstrap(
-    values: Sequence[float],
-    clusters: Sequence[Hashable] | None = None,
-    seed: int = 0,
-    level: float = 0.95,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean (Efron 1979), clusters drawn as a whole.
+def share_interval(groups: Groups, clusters: Clusters, level: float = 0.95) -> tuple[float, float]:
+    """Score interval of the mean of groups' means, of values from 0 to 1.
+
+    Wilson's interval (1927) of one share is all means from which what was found is at most z standard errors away,
+    where the error is that *at this mean*. This is the same for groups (cf. Yan & Su 2010, Stratified Wilson and
+    Newcombe Confidence Intervals for Multiple Binomial Proportions): at the mean that was found, the variance is that
+    within groups; from there it changes with the mean as the variance of shares does. Where all spread is within
+    groups, this is Wilson's slope; where there is none, variance may still be hidden, and grows with slope one. So the
+    interval has a width even where all values are 0, and a group of one cluster counts with the most that it can vary.
+    The quantile is Student's, with the effective number of clusters less one.
 
     Args:
-      values: One per sample.
-      clusters: Of each sample, such as its context; default: every sample is its own.
-      seed: Of the draws.
+      groups: Values of each group, from 0 to 1.
+      clusters: Of each value.
       level: Of confidence.
 
     Returns:
-      (low, high). With a single cluster nothing can be said: (-inf, inf).
+      (low, high), within 0 and 1.
 
     Raises:
-      ValueError: There are no values, or not as many clusters as values.
+      ValueError: There is no group or an empty one, or not as many clusters as values, or a value is out of range.
     """
-    sums, sizes = _sums(values, clusters)
-    if len(sums) == 1:
-        return -np.inf, np.inf
-    counts = _draws(len(sums), seed)
-    means = counts @ sums / (counts @ sizes)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    if any(not -1e-9 <= value <= 1 + 1e-9 for values in groups for value in values):  # But for rounding.
+        raise ValueError("An interval of shares is one of values from 0 to 1.")
+    mean = _mean(groups, clusters)
+    most = mean.value * (1 - mean.value)
+    variance = mean.variance + mean.alone * most
+    within = min(1.0, variance * mean.number / most) if most > 0 else 0.0  # The part of the spread within groups.
+    low = mean.value - _reach(mean, variance, 1 - 2 * within * (1 - mean.value), level)
+    high = mean.value + _reach(mean, variance, 1 - 2 * within * mean.value, level)
+    return max(0.0, low), min(1.0, high)
 
 
-def paired(
-    a: Sequence[float],
-    b: Sequence[float],
-    clusters: Sequence[Hashable] | None = None,
-    seed: int = 0,
-    level: float = 0.95,
-) -> Paired:
-    """The mean of a - b over the same samples, with its interval and the p-value of a sign-flip test.
+def difference_interval(groups: Groups, clusters: Clusters, level: float = 0.95) -> tuple[float, float]:
+    """As `share_interval`, of differences between two shares, from -1 to 1.
 
-    Raises:
-      ValueError: a and b differ in length, or there are none.
+    Equal answers everywhere do not say that none ever differs, and a few gains do not say that there are no losses:
+    away from the mean, the variance grows with slope one, as that of differences which are there or not. So zero may
+    be inside where `sign_flip`, which asks about zero alone, finds a difference.
+
+    Returns:
+      (low, high), within -1 and 1.
     """
-    if len(a) != len(b):
-        raise ValueError(f"Pairs need as many values on both sides, got {len(a)} and {len(b)}.")
-    differences = np.asarray(a, np.float64) - np.asarray(b, np.float64)
-    low, high = bootstrap(differences.tolist(), clusters, seed, level)
-    sums, _ = _sums(differences.tolist(), clusters)
-    return Paired(float(differences.mean()), low, high, sign_flip(sums.tolist(), seed))
+    mean = _mean(groups, clusters)
+    size = _mean([[abs(value) for value in values] for values in groups], clusters).value
+    reach = _reach(mean, mean.variance + mean.alone * size, 1.0, level)
+    return max(-1.0, mean.value - reach), min(1.0, mean.value + reach)
+
+
+def t_interval(groups: Groups, clusters: Clusters, level: float = 0.95) -> tuple[float, float] | None:
+    """Student's interval of the mean of groups' means, of values without bounds (stratified, Satterthwaite 1946).
+
+    Returns:
+      (low, high); None if a group has a single cluster, of whose spread nothing is known.
+    """
+    mean = _mean(groups, clusters)
+    if mean.alone:
+        return None
+    reach = float(stdtrit(mean.freedom, (1 + level) / 2)) * math.sqrt(mean.variance) if mean.variance else 0.0
+    return mean.value - reach, mean.value + reach
+
+
+def _reach(mean: _Mean, variance: float, slope: float, level: float) -> float:
+    """The distance d at which d² = t² (variance + (slope d - d²) / number)."""
+    t = float(stdtrit(max(mean.number - 1, 1e-3), (1 + level) / 2))
+    pull = 1 / (1 + mean.number / t / t)
+    half = pull * slope / 2
+    return half + math.sqrt(half * half + pull * mean.number * variance)
+
+
+def _mean(groups: Groups, clusters: Clusters) -> _Mean:
+    sizes = [len(values) for values in groups]
+    if not sizes or not all(sizes):
+        raise ValueError("There are no values.")
+    if sizes != [len(names) for names in clusters]:
+        raise ValueError(f"Every value has a cluster: got {sizes} values and {[*map(len, clusters)]} clusters.")
+    number = len(sizes)
+    value, group = np.concatenate(groups).astype(np.float64), np.repeat(np.arange(number), sizes)
+    places: dict[Hashable, int] = {}
+    cluster = np.array([places.setdefault(name, len(places)) for names in clusters for name in names])
+    there = np.zeros((len(places), number), bool)  # Which cluster is in which group.
+    there[cluster, group] = True
+    many = there.sum(0)
+    middle, weight = np.bincount(group, value) / sizes, 1 / number / np.array(sizes)[group]
+    lonely = many[group] == 1
+    unbiased = np.where(lonely, 0.0, np.sqrt(many / np.maximum(many - 1, 1))[group])
+    squares = np.bincount(cluster, weight * unbiased * (value - middle[group])) ** 2
+    variance = float(squares.sum())
+    return _Mean(
+        value=float(middle.mean()),
+        variance=variance,
+        number=float(1 / (np.bincount(cluster, weight) ** 2).sum()),
+        alone=float((np.bincount(cluster, weight * lonely) ** 2).sum()),
+        freedom=_freedom(squares, there),
+    )
+
+
+def _freedom(squares: np.ndarray, there: np.ndarray) -> float:
+    """Clusters that are in the same groups make a stratum, with one degree of freedom less than there are of them."""
+    _, stratum = np.unique(there, axis=0, return_inverse=True)
+    parts, sizes = np.bincount(stratum, squares), np.bincount(stratum)
+    spread = float((parts**2 / np.maximum(sizes - 1, 1)).sum())
+    return float(parts.sum() ** 2 / spread) if spread else math.inf
 
 
 def sign_flip(values: Sequence[float], seed: int = 0) -> float:
     """Two-sided: the share of sign assignments that give a sum at least as large, all of them if they are few.
 
     Args:
-      values: Differences of independent things, such as of clusters.
+      values: Differences of independent things, such as of clusters. With n of them the share is at least 2^(1 - n): a
+        handful of contexts cannot show a difference.
+      seed: Of the draws.
     """
     x = np.asarray(values, np.float64)
     number, observed = len(x), abs(x.sum()) - 1e-12 * np.abs(x).sum()
@@ -101,7 +166,7 @@ def _signs(number: int, seed: int) -> np.ndarray:
     if number <= EXACT:
         return 1.0 - 2.0 * ((np.arange(2**number)[:, None] >> np.arange(number)) & 1)
     generator = np.random.Generator(np.random.PCG64([seed, number, 1]))
-    return generator.choice(np.array([-1.0, 1.0]), size=(DRAWS * 5, number))
+    return generator.choice(np.array([-1.0, 1.0]), size=(DRAWS, number))
 
 
 def differs(p_values: Sequence[float], level: float = 0.95) -> list[bool]:
@@ -114,62 +179,3 @@ def differs(p_values: Sequence[float], level: float = 0.95) -> list[bool]:
             break
         verdict[i] = True
     return verdict
-
-
-def wilson(successes: int, number: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's interval (1927) of a share of independent samples: unlike the bootstrap's it has a width at 0 and 1."""
-    share, denominator = successes / number, 1 + z * z / number
-    middle = (share + z * z / (2 * number)) / denominator
-    half = z / denominator * np.sqrt(share * (1 - share) / number + z * z / (4 * number * number))
-    return float(max(0.0, middle - half)), float(min(1.0, middle + half))
-
-
-def macro(
-    groups: Sequence[Sequence[float]],
-    clusters: Sequence[Sequence[Hashable]],
-    seed: int = 0,
-    level: float = 0.95,
-) -> tuple[float, float]:
-    """Bootstrap interval of the mean of groups' means, such as of tasks; samples are drawn within their group.
-
-    Args:
-      groups: Values of each group.
-      clusters: Of each value.
-
-    Returns:
-      (low, high); (-inf, inf) if a group has a single cluster, of whose spread nothing is known.
-
-    Raises:
-      ValueError: A group is empty.
-    """
-    means = []
-    for i, (values, names) in enumerate(zip(groups, clusters, strict=True)):
-        sums, sizes = _sums(values, names)
-        if len(sums) == 1:
-            return -np.inf, np.inf
-        counts = _draws(len(sums), seed + i)
-        means.append(counts @ sums / (counts @ sizes))
-    low, high = np.quantile(np.mean(means, 0), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def _sums(values: Sequence[float], clusters: Sequence[Hashable] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Sums and sizes of clusters, in the order in which they first appear."""
-    if not len(values):
-        raise ValueError("There are no values.")
-    names = range(len(values)) if clusters is None else clusters
-    if len(names) != len(values):
-        raise ValueError(f"Every value has a cluster: got {len(values)} values and {len(names)} clusters.")
-    totals: dict[Hashable, tuple[float, int]] = {}
-    for name, value in zip(names, values, strict=True):
-        total, size = totals.get(name, (0.0, 0))
-        totals[name] = total + float(value), size + 1
-    sums, sizes = zip(*totals.values(), strict=True)
-    return np.asarray(sums, np.float64), np.asarray(sizes, np.float64)
-
-
-@functools.lru_cache(maxsize=256)
-def _draws(number: int, seed: int) -> np.ndarray:
-    """How often each of so many clusters is drawn, [DRAWS, number]."""
-    generator = np.random.Generator(np.random.PCG64([seed, number]))
-    return generator.multinomial(number, np.full(number, 1 / number), size=DRAWS).astype(np.float64)

@@ -129,7 +129,7 @@ def test_the_leaderboard(ran):
     _, jobs, _, _ = ran
     rows = rows_of(jobs)
     board = leaderboard(rows)
-    assert board[0]["policy"] == "full" and board[0]["smaller"] == 1 and not board[0]["differs"]
+    assert board[0]["policy"] == "full" and board[0]["smaller"] == 1 and board[0]["differences"] == {}
     by_name = {row["policy"]: row for row in board}
     mine = [row for row in rows if row["policy"] == "kivi" and "score" in row]
     means = [np.mean([r["score"] for r in mine if (r["task"], r["protocol"]) == key]) for key in
@@ -140,6 +140,14 @@ def test_the_leaderboard(ran):
         np.exp(np.mean([np.log(r["perplexity"]) for r in rows if r["policy"] == "kivi" and "perplexity" in r]))
     )
     assert leaderboard_table(board).row_count == 3
+    found = by_name["kivi"]["differences"]["score"]
+    assert found["mean"] == pytest.approx(by_name["kivi"]["score"] - board[0]["score"])
+    assert found["low"] <= found["mean"] <= found["high"]
+    again = {row["policy"]: row for row in leaderboard(rows, against="kivi")}
+    assert again["kivi"]["differences"] == {} and again["full"]["differences"]["score"]["p"] == found["p"]
+    assert again["full"]["differences"]["score"]["mean"] == pytest.approx(-found["mean"])
+    with pytest.raises(ValueError, match="Did you mean kivi"):
+        leaderboard(rows, against="kiwi")
 
 
 def test_what_is_there_is_not_run_again(ran, model, monkeypatch):

@@ -14,7 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from kvjax.cli import app
-from kvjax.evaluation.leaderboard import leaderboard
+from kvjax.evaluation.comparison import MEASURES
+from kvjax.evaluation.leaderboard import difference_table, leaderboard, leaderboard_table
 from kvjax.evaluation.page import data as page_module, make_page, page_data, read_run
 from kvjax.evaluation.page.data import COLUMNS, LEVELS, unpack
 
@@ -33,6 +34,20 @@ def data(run):
 
 def copied(tmp_path: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(shutil.copytree(RUN, tmp_path / "run"))
+
+
+def two_models(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A run of two models, each with a folder of its own; the second has but one job, in which it knows nothing."""
+    grid = json.loads((RUN / "grid.json").read_text())
+    jobs = [f"tiny/{name}" for name in grid["jobs"]] + ["other/needle-300-aware"]
+    shutil.copytree(RUN, tmp_path / "two" / "tiny", ignore=shutil.ignore_patterns("grid.json"))
+    place = pathlib.Path(shutil.copytree(RUN / "needle-300-aware", tmp_path / "two" / "other" / "needle-300-aware"))
+    rows = json.loads((place / "results.json").read_text())
+    changed = [{**row, "model": "models/other", "score": 0.0, "nll": row["nll"] + 1} for row in rows]
+    (place / "results.json").write_text(json.dumps(changed))
+    grid = {key: value for key, value in grid.items() if key != "model"}
+    (tmp_path / "two" / "grid.json").write_text(json.dumps({**grid, "models": ["tiny", "models/other"], "jobs": jobs}))
+    return tmp_path / "two"
 
 
 def inlined(page: str):
@@ -59,7 +74,7 @@ def test_a_folder_of_one_job_is_a_run(tmp_path):
     run = read_run(tmp_path)
     data = page_data(run)
     assert len(run.jobs) == 1 and data["config"] == run.rows[0]["config"]
-    assert data["heads"] is None and data["drift"] == [] and len(data["kept"]) == 1
+    assert data["heads"] == [] and data["drift"] == [] and len(data["kept"]) == 1
 
 
 def test_what_is_missing_is_left_out(tmp_path):
@@ -69,7 +84,7 @@ def test_what_is_missing_is_left_out(tmp_path):
         path.unlink()
     shutil.rmtree(folder / "drift-300-agnostic")
     data = page_data(read_run(folder))
-    assert data["heads"] is None and data["kept"] == [] and data["drift"] == [] and data["needles"]
+    assert data["heads"] == [] and data["kept"] == [] and data["drift"] == [] and data["needles"]
 
 
 @pytest.mark.parametrize(
@@ -95,12 +110,41 @@ def test_a_folder_without_results_is_refused(tmp_path):
         read_run(tmp_path / "nowhere")
 
 
+def test_models_have_boards_of_their_own(run, data, tmp_path):
+    two = read_run(two_models(tmp_path))
+    assert [job.name for job in two.jobs] == [f"tiny/{job.name}" for job in run.jobs] + ["other/needle-300-aware"]
+    found = page_data(two)
+    assert found["models"] == ["tiny", "other"]
+    for key, at in data["keys"].items():
+        assert found["boards"][found["keys"][key]] == data["boards"][at]
+    other = found["boards"][found["keys"]["1/*/*/*"]]
+    assert {row[1] for row in other} == {0} and other[0][0] == 0 and len(other) == len(data["policies"])
+    assert [heads["model"] for heads in found["heads"]] == [0]
+    assert {needle["model"] for needle in found["needles"]} == {0, 1}
+    board = leaderboard(two.rows)
+    assert [row["policy"] for row in board if row["smaller"] == 1] == ["full", "full"]
+    alone = leaderboard(run.rows)
+    assert board[: len(alone)] == alone
+    assert leaderboard_table(board).row_count == len(board) + 2 and leaderboard_table(alone).row_count == len(alone)
+    assert difference_table(board).row_count == len(board) - 2
+
+
+def test_figures_of_two_models_do_not_overwrite_each_other(tmp_path):
+    from kvjax.evaluation.page.figures import write_figures
+
+    data = page_data(read_run(two_models(tmp_path)))
+    (tmp_path / "figures").mkdir()
+    stems = {path.stem for path in write_figures({**data, "kept": [], "drift": []}, tmp_path / "figures")}
+    assert stems >= {"pareto-bytes-tiny", "pareto-bytes-other", "tasks-tiny", "heads-tiny"}
+    assert {"needles-needle-aware-tiny", "needles-needle-aware-other"} <= stems and "heads-other" not in stems
+
+
 # Numbers
 
 
 def test_boards_are_the_leaderboards(run, data):
     names = [policy["name"] for policy in data["policies"]]
-    of = {"*/*/*": run.rows, "0/*/0": run.jobs[0].rows, "0/0/1": run.jobs[1].rows}
+    of = {"0/*/*/*": run.rows, "0/0/*/0": run.jobs[0].rows, "0/0/0/1": run.jobs[1].rows}
     for key, rows in of.items():
         board = data["boards"][data["keys"][key]]
         expected = leaderboard(rows)
@@ -111,9 +155,28 @@ def test_boards_are_the_leaderboards(run, data):
                 assert value == (pytest.approx(other[column], rel=1e-4) if known else None), column
 
 
+def test_pairs_are_the_leaderboards_differences(run, data):
+    names = [policy["name"] for policy in data["policies"]]
+    pairs = unpack(data["pairs"])[data["keys"]["0/*/*/*"]]
+    assert set(MEASURES) < set(pairs)
+    for against in (0, 1, 5):
+        expected = {row["policy"]: row["differences"] for row in leaderboard(run.rows, against=names[against])}
+        assert expected.pop(names[against]) == {}
+        for name, found in expected.items():
+            a, b = pairs["policies"].index(names.index(name)), pairs["policies"].index(against)
+            for key, one in found.items():
+                pair = pairs[key]["pairs"][max(a, b)][min(a, b)]
+                mean, low, high = (one["mean"], one["low"], one["high"])
+                if a < b:
+                    mean, low, high = -mean, high and -high, low and -low
+                shown = [mean, low, high, one["p"]]
+                assert pair == [x if x is None else pytest.approx(x, rel=6e-3, abs=1e-9) for x in shown], (name, key)
+                assert pairs[key]["differs"][b][a] == str(int(one["differs"]))
+
+
 def test_all_jobs_count_alike_and_perplexity_stands_apart(run, data):
     column = {name: i + 1 for i, name in enumerate(COLUMNS)}
-    full = data["boards"][data["keys"]["*/*/*"]][0]
+    full = data["boards"][data["keys"]["0/*/*/*"]][0]
     scores = [np.mean([row["score"] for row in job.rows if row["policy"] == "full"]) for job in run.jobs[:2]]
     logs = [np.log(row["perplexity"]) for row in run.jobs[3].rows if row["policy"] == "full"]
     assert full[column["score"]] == pytest.approx(np.mean(scores), rel=1e-4)
@@ -124,8 +187,8 @@ def test_choices_of_the_same_jobs_share_a_board_and_impossible_ones_have_none(da
     keys = data["keys"]
     drift = [task["name"] for task in data["tasks"]].index("drift")
     aware = data["protocols"].index("aware")
-    assert keys[f"{drift}/*/*"] == keys[f"{drift}/0/*"]
-    assert f"{drift}/*/{aware}" not in keys
+    assert keys[f"0/{drift}/*/*"] == keys[f"0/{drift}/0/*"]
+    assert f"0/{drift}/*/{aware}" not in keys
     assert len(data["boards"]) == len(set(keys.values()))
 
 
@@ -141,7 +204,7 @@ def test_needles_are_means_of_their_samples(run, data):
 def test_many_depths_fall_into_bins(run):
     job = run.jobs[0]
     rows = [{**job.rows[0], "sample": str(i), "depth": i / 49, "score": float(i < 5)} for i in range(50)]
-    needle = page_module._needles(rows, [rows[0]["policy"]])[0]
+    needle = page_module._needles(rows, [rows[0]["model"]], [rows[0]["policy"]])[0]
     assert len(needle["depths"]) == 10
     assert [row[0] for row in needle["scores"][0]] == [1.0] + 9 * [0.0]
 
@@ -243,6 +306,22 @@ def test_report(tmp_path):
         ]
         assert {policy["name"] for policy in data["policies"]} <= set(texts), "every point has its name"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_report_against_a_policy(tmp_path):
+    out = str(tmp_path / "page.html")
+    asked = ["report", str(RUN), "--out", out, "--against"]
+    done = CliRunner().invoke(app, [*asked, 'snapkv("25%B")'])
+    assert done.exit_code == 0, done.output
+    lines = [
+        line for line in done.output.splitlines() if line.startswith(("full ", "random('25%B') ", "snapkv('25%B') "))
+    ]
+    assert [line.split()[0] for line in lines].count("full") == 1 and not any(" to " not in line for line in lines)
+    assert not any(line.startswith("snapkv('25%B')  ") for line in lines)
+    data = inlined(pathlib.Path(out).read_text(encoding="utf-8"))
+    assert data["policies"][data["against"]]["name"] == "snapkv('25%B')"
+    done = CliRunner().invoke(app, [*asked, "streamin_llm('25%B')"])
+    assert done.exit_code == 2 and "Did you mean streaming_llm('25%B')" in done.output
 
 
 def test_report_of_no_run(tmp_path):

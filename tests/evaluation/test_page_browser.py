@@ -1,12 +1,13 @@
 """The page as people use it: in a browser, by mouse and by keyboard, in light and dark, on a phone."""
 
+import dataclasses
 import pathlib
 import shutil
 from xml.etree import ElementTree
 
 import pytest
 
-from kvjax.evaluation.page import make_page, page_data, read_run
+from kvjax.evaluation.page import Run, make_page, page_data, read_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if CHROMIUM is None:
@@ -21,7 +22,28 @@ FIGURES = ("pareto-bytes", "pareto-speed", "tasks", "needles", "drift-kl", "drif
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "report.html"
-    path.write_text(make_page(page_data(read_run(RUN))), encoding="utf-8")
+    path.write_text(make_page(page_data(asked_often(read_run(RUN)))), encoding="utf-8")
+    return path.as_uri()
+
+
+def asked_often(run: Run) -> Run:
+    """Three times as many contexts: so many that policies differ."""
+
+    def of(row, i):
+        return {**row, "sample": f"{row['sample']}-{i}", "context": f"{row['context']}-{i}"}
+
+    jobs = [dataclasses.replace(job, rows=[of(row, i) for i in range(3) for row in job.rows]) for job in run.jobs]
+    return dataclasses.replace(run, jobs=tuple(jobs))
+
+
+@pytest.fixture(scope="module")
+def address_of_two(tmp_path_factory):
+    """Of a run of two models, the second with one job only."""
+    run = read_run(RUN)
+    rows = [{**row, "model": "other", "score": 0.0} for row in run.jobs[0].rows]
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    jobs = (*run.jobs, dataclasses.replace(run.jobs[0], name="other/needle", rows=rows))
+    path.write_text(make_page(page_data(dataclasses.replace(run, jobs=jobs))), encoding="utf-8")
     return path.as_uri()
 
 
@@ -36,23 +58,24 @@ def browser():
 @pytest.fixture
 def visit(browser, address):
     """Opens the page; afterwards there must have been no complaint and no request but for the page itself."""
-    contexts, complaints, requests = [], [], []
+    contexts, complaints, requests, addresses = [], [], [], set()
 
-    def open_page(hash: str = "", width: int = 1280, scheme: str = "light"):
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    def open_page(hash: str = "", width: int = 1280, scheme: str = "light", touch: bool = False, at: str = address):
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, has_touch=touch)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda said: complaints.append(said.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
-        page.goto(address + hash)
+        addresses.add(at)
+        page.goto(at + hash)
         page.wait_for_selector("#kept-text span")
         return page
 
     yield open_page
     assert complaints == []
     outside = [url for url in requests if not url.startswith(("data:", "blob:"))]
-    assert outside and {url.split("#")[0] for url in outside} == {address}
+    assert outside and {url.split("#")[0] for url in outside} == addresses
     for context in contexts:
         context.close()
 
@@ -75,6 +98,8 @@ def settled(page):
 def test_nothing_stands_in_anyones_way(visit, scheme, width):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason='needs pip install -e ".[test]"')
     page = visit(width=width, scheme=scheme)
+    page.evaluate("document.querySelectorAll('details').forEach(fold => (fold.open = true))")
+    page.locator("#figure-heads table").wait_for()
     found = axe.Axe().run(page).response["violations"]
     assert [(rule["id"], [node["html"][:120] for node in rule["nodes"]][:3]) for rule in found] == []
 
@@ -182,6 +207,80 @@ def test_by_keyboard_alone(visit):
     assert page.evaluate("!document.activeElement.closest('#figure-pareto-bytes .canvas')")
 
 
+def test_another_policy_to_compare_with(visit):
+    page, least = visit(), "random('25%B')"
+    marks = "rows => Object.fromEntries(rows.map(r => [r.dataset.policy, r.querySelector('td .verdict').innerText]))"
+
+    def compare_with(name, policy):
+        page.locator("select[name=against]").select_option(name)
+        settled(page)
+        assert name in page.locator("#differences summary").inner_text()
+        rows = page.locator("#difference-table tbody tr")
+        assert rows.count() == len(policies(page)) - 1  # A policy does not differ from itself.
+        cells = page.locator(f'#difference-table tr[data-policy="{policy}"] td').all_inner_texts()
+        return page.eval_on_selector_all("#board-table tbody tr", marks), cells
+
+    page.locator("#differences summary").click()
+    before, less = compare_with("full", least)
+    after, more = compare_with(least, "full")
+    assert before[least] == after["full"].replace("▲", "▼").replace("better", "worse").replace(least, "full") != ""
+    assert before["full"] == after[least] == "" and "against=random" in page.evaluate("location.hash")
+    assert less[0].startswith("−") and "▼" in less[0] and "+" + less[0][1:].replace("▼", "▲").split("▲")[0] in more[0]
+    assert less[2] == more[2]  # The same test.
+
+
+def test_one_model_at_a_time(visit, address_of_two):
+    assert visit().locator("select[name=model]").count() == 0
+    page = visit(at=address_of_two)
+    assert max(column(page, 1)) > 0 and page.locator("#figure-heads").is_visible()
+    jobs = page.locator("select[name=job] option").count()
+    page.locator("select[name=model]").select_option("other")
+    page.wait_for_function("() => document.querySelector('select[name=job]').options.length === 1")
+    settled(page)
+    assert set(column(page, 1)) == {0} and "other" in page.locator("#board-about").inner_text()
+    assert page.locator("#figure-heads").is_hidden() and page.locator("#figure-drift-kl").is_hidden()
+    assert page.locator("#figure-needles").is_visible() and page.locator("#figure-budgets").is_visible()
+    page.locator("#reset").click()
+    page.wait_for_function("jobs => document.querySelector('select[name=job]').options.length === jobs", arg=jobs)
+    assert max(column(page, 1)) > 0 and page.locator("#figure-heads").is_visible()
+
+
+def test_numbers_of_figures_by_keyboard(visit):
+    page = visit()
+    for name in ("needles", "drift-kl", "budgets", "tokens", "heads"):
+        fold = page.locator(f"#figure-{name} .fold")
+        assert fold.locator("table").count() == 0
+        fold.locator("summary").focus()
+        page.keyboard.press("Enter")
+        fold.locator("table").wait_for()
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.closest('.fold').parentNode.id") == f"figure-{name}"
+        cells = fold.locator("tbody td").all_inner_texts()
+        assert len(cells) > 10 and all(any(digit.isdigit() for digit in cell) for cell in cells), name
+    first = page.locator("#figure-budgets tbody tr").first.inner_text().split("\t")
+    assert first[0] == "full" and first[2] == page.locator("#figure-budgets svg text[style]").first.text_content()
+    page.locator("input[name=q]").fill("random")
+    settled(page)
+    names = set(page.locator("#figure-budgets tbody th:first-child").all_inner_texts())
+    assert names and all("random" in name for name in names)
+    page.locator("#kept > .fold summary").click()
+    page.locator("#kept > .fold table").wait_for()
+    assert page.locator("#kept > .fold tbody tr").count() == page.locator("#kept-text span").count()
+
+
+def test_a_finger_sees_what_a_pointer_does(visit):
+    page = visit(width=390, touch=True)
+    for where in ("#figure-needles g > rect", "#figure-budgets g > rect", "#figure-tokens g > rect", "#kept-text span"):
+        node = page.locator(where).nth(30)
+        node.scroll_into_view_if_needed()
+        page.wait_for_timeout(100)  # What scrolling hides, it hides a moment later.
+        node.tap()
+        assert page.locator("#tip").is_visible(), where
+        assert any(char.isdigit() for char in page.locator("#tip").inner_text())
+    page.locator("#kept-title").tap()
+    assert page.locator("#tip").is_hidden()
+
+
 def test_the_text_shows_who_stays(visit):
     page = visit("#shown=full")
     shades = "spans => spans.map(s => Number(getComputedStyle(s).backgroundColor.split(',')[3]?.slice(0, -1) ?? 1))"
@@ -218,8 +317,13 @@ def test_every_figure_can_be_saved(visit, tmp_path):
 def test_a_phone_scrolls_one_way(visit):
     page = visit(width=360)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
-    table = page.locator("#board .scroll")
+    table = page.locator("#board > .scroll")
     assert table.evaluate("node => node.scrollWidth > node.clientWidth")
+    inner = "nodes => nodes.map(node => node.scrollWidth - node.clientWidth)"
+    assert max(page.eval_on_selector_all(".canvas:has(> .scroll)", inner)) == 0  # No scroller in a scroller.
+    page.evaluate("document.querySelectorAll('details').forEach(fold => (fold.open = true))")
+    page.locator("#figure-heads table").wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
     page.set_viewport_size({"width": 320, "height": 700})
     settled(page)
     assert page.evaluate("document.documentElement.scrollWidth") == 320

@@ -213,6 +213,13 @@ def test_the_report(ran, tmp_path):
     assert [row["policy"] for row in summaries] == list(dict.fromkeys(row["policy"] for row in rows))
     assert summaries[0]["samples"] == 2 and summaries[0]["smaller"] == summaries[0]["decode_ratio"] == 1
     assert table(summaries).row_count == len(summaries) and "2 samples" in title(rows)
+    assert all(0 <= row["low"] <= row["score"] <= row["high"] <= 1 for row in summaries)
+    assert summaries[0]["differences"] == {} and table(summaries).caption is None  # Two contexts show no difference.
+    often = summarize([{**row, "sample": f"{row['sample']}-{i}", "context": f"{i}"} for i in range(9) for row in rows])
+    found = {row["policy"]: row["differences"]["nll"] for row in often[1:]}
+    worst = max(found.values(), key=lambda one: abs(one["mean"]))
+    assert worst["differs"] and worst["p"] == pytest.approx(2**-8) and worst["low"] <= worst["mean"] <= worst["high"]
+    assert "differs from full" in str(table(often).caption)
     plot(summaries, tmp_path / "pareto.png", title(rows))
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
     perplexity = [{key: value for key, value in row.items() if key != "score"} for row in rows]

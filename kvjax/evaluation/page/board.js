@@ -1,14 +1,20 @@
 // Filters and the leaderboard.
 
 const SCORED = DATA.boards.some((rows) => rows.some((row) => given(row[COLUMN.score])));
-const SIGNS = { better: ["▲", "better than the full cache"], worse: ["▼", "worse than the full cache"] };
+const SIGNS = { better: "▲", worse: "▼" };
+// What is compared: name, factor, decimals, and whether more is better.
+const COMPARED = {
+  score: { label: "score, points", scale: 100, places: 1, more: true },
+  nll: { label: "NLL", scale: 1, places: 3, more: false },
+  perplexity: { label: "log perplexity", scale: 1, places: 3, more: false },
+};
 
 // sign: 1 where more is better, which is what the first click puts on top.
 const BOARD = [
   { key: "policy", label: "policy", sign: 0 },
   { key: "score", label: "score, %", sign: 1, cell: scoreCell },
-  { key: "perplexity", label: "perplexity", sign: -1, cell: (row) => digits(row[COLUMN.perplexity], 2) },
-  { key: "nll", label: "NLL", sign: -1, cell: (row) => digits(row[COLUMN.nll]) },
+  { key: "perplexity", label: "perplexity", sign: -1, cell: (row) => el("span", {}, digits(row[COLUMN.perplexity], 2), mark(row, "perplexity")) },
+  { key: "nll", label: "NLL", sign: -1, cell: (row) => el("span", {}, digits(row[COLUMN.nll]), mark(row, "nll")) },
   { key: "kl", label: "KL", sign: -1, cell: (row) => digits(row[COLUMN.kl]) },
   { key: "top1", label: "top-1, %", sign: 1, cell: (row) => percent(row[COLUMN.top1]) },
   { key: "nbytes", label: "cache", sign: -1, cell: (row) => bytes(row[COLUMN.nbytes]) },
@@ -18,29 +24,31 @@ const BOARD = [
 
 const value = (row, key) => (key === "policy" ? POLICIES[row[0]].name : row[COLUMN[key]]);
 
-function verdict(row) {
-  if (!row[COLUMN.differs]) return "";
-  return row[COLUMN.difference] > 0 ? "better" : "worse";
+// Whether a policy is better or worse than the one that is compared with.
+function mark(row, measure) {
+  const found = difference(row[0], measure);
+  if (!found?.differs) return el("span", { class: "verdict" });
+  const sign = found.mean > 0 === COMPARED[measure].more ? "better" : "worse";
+  return el("span", { class: `verdict ${sign}` }, SIGNS[sign], el("span", { class: "sr" }, ` ${sign} than ${POLICIES[against()].name}`));
 }
 
 function scoreCell(row, rows) {
   if (!given(row[COLUMN.score])) return MISSING;
-  const [low, high, sign] = [row[COLUMN.low], row[COLUMN.high], verdict(row)];
-  const mark = el("span", { class: `verdict ${sign}` }, sign ? SIGNS[sign][0] : "");
-  if (sign) mark.append(el("span", { class: "sr" }, ` ${SIGNS[sign][1]}`));
-  const number = el("span", {}, percent(row[COLUMN.score]), mark);
+  const [low, high] = [row[COLUMN.low], row[COLUMN.high]];
+  const number = el("span", {}, percent(row[COLUMN.score]), mark(row, "score"));
   if (!given(low)) return number;
   const range = el("small", { class: "range" }, el("span", { class: "sr" }, "95 % interval "), `${percent(low, 0)} to ${percent(high, 0)}`);
   return [number, range, interval(row, rows)];
 }
 
-// The interval to scale, with the full cache's score as a line.
+// The interval to scale, with the score that is compared with as a line.
 function interval(row, rows) {
-  const [width, full] = [64, rows[0][COLUMN.score]];
-  const ends = rows.flatMap((other) => [other[COLUMN.low], other[COLUMN.high]]).filter(given);
+  const other = rows.find((of) => of[0] === against()) ?? rows[0];
+  const [width, full] = [64, other[COLUMN.score]];
+  const ends = rows.flatMap((of) => [of[COLUMN.low], of[COLUMN.high]]).filter(given);
   const [from, to] = [Math.min(...ends), Math.max(...ends)];
   const x = (score) => 4 + ((score - from) / (to - from || 1)) * (width - 8);
-  const color = row[0] === 0 ? "var(--front)" : "var(--point)";
+  const color = row === other ? "var(--front)" : "var(--point)";
   return svg(
     "svg",
     { width, height: 14, "aria-hidden": "true" },
@@ -66,10 +74,12 @@ function drawFilters() {
   const budgets = [...new Set(POLICIES.map((policy) => policy.budget).filter(given))];
   const fields = [el("label", { class: "field search" }, "Policy", search)];
   const add = (label, key, names, what) => names.length > 1 && fields.push(choose(label, key, all(names, what), refresh));
+  if (DATA.models.length > 1) fields.push(choose("Model", "model", DATA.models.map((name) => [name, name]), refresh));
   add("Task", "task", TASKS, "all tasks");
   add("Length", "length", DATA.lengths, "all lengths");
   add("Protocol", "protocol", DATA.protocols, "all protocols");
   add("Budget", "budget", [...budgets, ...(budgets.length ? [NO_BUDGET] : [])], "all budgets");
+  if (POLICIES.length > 2) fields.push(choose("Compared with", "against", POLICIES.map(({ name }) => [name, name]), refresh));
   const reset = el("button", { type: "button", id: "reset" }, "Reset");
   reset.addEventListener("click", () => {
     Object.assign(state, START);
@@ -108,10 +118,12 @@ function drawBoard() {
   );
   if (focused) table.querySelector(`[data-sort="${focused}"]`)?.focus();
   byId("count").textContent = `${shown.length} of ${rows.length} policies`;
+  drawDifferences(shown);
   const what = [state.task === ANY ? (TASKS.length > 1 ? "All tasks" : TASKS[0]) : state.task];
   if (DATA.lengths.length) what.push(state.length === ANY ? (DATA.lengths.length > 1 ? "all lengths" : `${count(DATA.lengths[0])} tokens`) : `${count(Number(state.length))} tokens`);
   what.push(state.protocol === ANY ? (DATA.protocols.length > 1 ? "all protocols" : DATA.protocols[0]) : state.protocol);
   const of = most > 1 ? ` Means over ${most} jobs (a task at one length under one protocol), which count alike.` : "";
+  if (DATA.models.length > 1) what.unshift(state.model);
   byId("board-about").textContent = `${what.join(", ")}. ${rows.length ? count(rows[0][COLUMN.samples]) : 0} samples.${of}`;
 }
 
@@ -138,9 +150,37 @@ function emptyRow(rows, columns) {
   return el("tr", {}, el("td", { class: "empty", colspan: columns.length }, why));
 }
 
+// Every difference from the policy that is compared with, as numbers.
+function drawDifferences(rows) {
+  const name = POLICIES[against()].name;
+  const found = rows.map((row) => [row[0], Object.fromEntries(Object.keys(COMPARED).map((key) => [key, difference(row[0], key)]))]);
+  const keys = Object.keys(COMPARED).filter((key) => found.some(([, of]) => of[key]));
+  const fold = byId("differences");
+  fold.hidden = !keys.length;
+  fold.querySelector("summary").textContent = `Differences from ${name}: intervals and p-values`;
+  const head = el("tr", {}, el("th", { scope: "col" }, "policy"), keys.flatMap((key) => [COMPARED[key].label, "95 %", "p"].map((label) => el("th", { scope: "col" }, label))));
+  const body = found.filter(([, of]) => keys.some((key) => of[key])).map(([policy, of]) =>
+    el("tr", { "data-policy": POLICIES[policy].name }, el("th", { scope: "row" }, el("code", {}, POLICIES[policy].name)), keys.flatMap((key) => differenceCells(policy, key, of[key]))),
+  );
+  byId("difference-table").replaceChildren(el("caption", { class: "sr" }, `Differences from ${name}`), el("thead", {}, head), el("tbody", {}, body));
+}
+
+function differenceCells(policy, key, found) {
+  if (!found) return [MISSING, "", ""].map((text) => el("td", {}, text));
+  const { scale, places } = COMPARED[key];
+  const show = (v) => (scale * v).toFixed(places).replace(/^-(?=0\.0*$)/, "").replace("-", "−");
+  const range = given(found.low) ? `${show(found.low)} to ${show(found.high)}` : "unknown";
+  return [
+    el("td", {}, `${found.mean > 0 ? "+" : ""}${show(found.mean)}`, mark([policy], key)),
+    el("td", {}, el("small", {}, range)),
+    el("td", {}, found.p < 0.0005 ? "<0.001" : found.p.toFixed(3)),
+  ];
+}
+
 function drawNotes() {
   const parts = ["NLL: nats per token of the right answer. KL and top-1: predictions against the full cache's, along the text that it writes. tok/s: decoding, and its ratio to the full cache's."];
-  if (SCORED) parts.unshift("Intervals: bootstrap over contexts, 95 %. ▲ and ▼: differs from the full cache on the same samples (sign-flip test, Holm over all policies, 95 %).");
+  if (SCORED) parts.unshift("Intervals of scores: 95 %, over contexts (score interval within jobs).");
+  if (POLICIES.length > 1) parts.push("▲ and ▼: better and worse than the policy that is compared with, on the same samples (sign-flip test over contexts, Holm over all policies, 95 %).");
   if (SCORED && DATA.tasks.some((task) => task.metric === "perplexity")) parts.push("Tasks of perplexity have no score and stand apart.");
   const out = Object.keys(DATA.about.left_out).length;
   if (out) parts.push(`In ${out} ${out === 1 ? "job" : "jobs"} some policies could not serve and were left out; their means are over the jobs that they served.`);

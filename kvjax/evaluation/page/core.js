@@ -23,7 +23,7 @@ const byId = (id) => document.getElementById(id);
 
 // What is chosen: in the address behind #, by name, so that a link shows what its sender saw.
 
-const START = { q: "", task: ANY, length: ANY, protocol: ANY, budget: ANY, sort: "", y: "", needles: "", drift: "", job: "", shown: "" };
+const START = { q: "", model: DATA.models[0], against: POLICIES[DATA.against].name, task: ANY, length: ANY, protocol: ANY, budget: ANY, sort: "", y: "", needles: "", drift: "", job: "", shown: "" };
 const state = { ...START };
 
 function readHash() {
@@ -41,9 +41,27 @@ function writeHash() {
 const index = (names, name) => (name === ANY ? ANY : names.findIndex((other) => String(other) === name));
 const TASKS = DATA.tasks.map((task) => task.name);
 
-function board(task = state.task, length = state.length, protocol = state.protocol) {
-  const key = [index(TASKS, task), index(DATA.lengths, length), index(DATA.protocols, protocol)].join("/");
-  return key in DATA.keys ? DATA.boards[DATA.keys[key]] : [];
+// The board's index, undefined where there is no job of what is chosen.
+function boardAt(task = state.task, length = state.length, protocol = state.protocol) {
+  const model = Math.max(0, DATA.models.indexOf(state.model));
+  return DATA.keys[[model, index(TASKS, task), index(DATA.lengths, length), index(DATA.protocols, protocol)].join("/")];
+}
+const board = (...chosen) => DATA.boards[boardAt(...chosen)] ?? [];
+const ofModel = ({ model }) => model === Math.max(0, DATA.models.indexOf(state.model));
+
+const against = () => Math.max(0, POLICIES.findIndex((policy) => policy.name === state.against));
+
+// How a policy differs from the one that is compared with, by one measure, or null: {mean, low, high, p, differs}.
+function difference(policy, measure) {
+  const pairs = PAIRS[boardAt()];
+  const found = pairs?.[measure];
+  const [a, b] = [policy, against()].map((of) => pairs?.policies.indexOf(of) ?? -1);
+  const pair = a < 0 || b < 0 || a === b ? null : found?.pairs[Math.max(a, b)][Math.min(a, b)];
+  if (!pair) return null;
+  const [mean, low, high, p] = pair;
+  const differs = found.differs[b][a] === "1";
+  if (a > b) return { mean, low, high, p, differs };
+  return { mean: -mean, low: given(high) ? -high : null, high: given(low) ? -low : null, p, differs };
 }
 
 const NO_BUDGET = "none";
@@ -53,6 +71,14 @@ function shows(policy) {
   const words = state.q.toLowerCase().split(/\s+/).filter(Boolean);
   const size = state.budget === ANY || policy === 0 || (budget ?? NO_BUDGET) === state.budget;
   return size && words.every((word) => name.toLowerCase().includes(word));
+}
+
+let PAIRS = []; // Differences of any two policies, board by board; unpacked at the start.
+
+async function unpack(packed) {
+  const raw = Uint8Array.from(atob(packed), (char) => char.charCodeAt(0));
+  const stream = new Blob([raw]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Response(stream).json();
 }
 
 // Numbers.
@@ -104,10 +130,11 @@ const HUES = {
 };
 const hue = (i) => HUES[dark.matches ? "dark" : "light"][i % 8];
 
-// Remarks on what the pointer or the focus is on.
+// Remarks on what the pointer, a finger or the focus is on.
 
 const TIPS = new WeakMap();
 const tip = byId("tip");
+let tipped = null; // What the remark is on.
 
 function remark(node, ...lines) {
   TIPS.set(node, lines);
@@ -118,6 +145,7 @@ function showTip(node, x, y) {
   const [title, ...rest] = TIPS.get(node);
   tip.replaceChildren(el("b", {}, title), ...rest.filter(Boolean).map((line) => el("i", {}, line)));
   tip.hidden = false;
+  tipped = node;
   const { width, height } = tip.getBoundingClientRect();
   const left = Math.max(6, Math.min(x + 14, innerWidth - width - 6));
   const top = y + 18 + height > innerHeight ? y - height - 12 : y + 18;
@@ -129,21 +157,27 @@ function remarked(node) {
   while (node && node !== document && !TIPS.has(node)) node = node.parentNode;
   return node && TIPS.has(node) ? node : null;
 }
-document.addEventListener("pointermove", (event) => {
+function tipOfPointer(event) {
   const node = remarked(event.target);
   if (node) showTip(node, event.clientX, event.clientY);
   else tip.hidden = true;
-});
+}
+document.addEventListener("pointermove", tipOfPointer);
+document.addEventListener("pointerdown", tipOfPointer); // A finger that taps does not move.
 function tipOfFocus() {
   const node = remarked(document.activeElement);
-  if (!node) return void (tip.hidden = true);
+  if (!node) return; // What a finger has called up stays.
   const box = node.getBoundingClientRect();
   showTip(node, box.left + box.width / 2, box.top + box.height / 2);
 }
 document.addEventListener("focusin", tipOfFocus);
-document.addEventListener("focusout", () => (tip.hidden = true));
+document.addEventListener("focusout", (event) => remarked(event.target) === tipped && (tip.hidden = true));
 document.addEventListener("keydown", (event) => event.key === "Escape" && (tip.hidden = true));
-addEventListener("scroll", () => tip.hidden || tipOfFocus(), { passive: true }); // Focus may have made it scroll.
+function tipOfScroll() {
+  tip.hidden = true;
+  tipOfFocus(); // It may have made the page scroll.
+}
+addEventListener("scroll", () => tip.hidden || tipOfScroll(), { passive: true });
 
 // Choosing.
 
@@ -155,6 +189,13 @@ function choose(label, key, options, onChange) {
     onChange();
   });
   return el("label", { class: "field" }, label, select);
+}
+
+// A choice whose options follow other choices: drawn anew, the focus stays on it.
+function chooseAnew(host, label, key, options, least = 2) {
+  const focused = host.contains(document.activeElement);
+  host.replaceChildren(options.length >= least ? choose(label, key, options, refresh) : "");
+  if (focused) host.querySelector("select")?.focus();
 }
 
 const ruler = document.createElement("canvas").getContext("2d");

@@ -1,7 +1,8 @@
 """What the page shows, as JSON: the script looks numbers up and draws them, and computes none.
 
-Means, intervals and verdicts are those of `leaderboard`, for every choice of task, length and protocol. Choices of the
-same jobs share one table. What is large and seldom looked at, the text of prompts and who keeps its tokens, is packed.
+Means, intervals and verdicts are those of `leaderboard`, for every model and every choice of task, length and protocol.
+Choices of the same jobs share one table. What is large, differences of any two policies, the text of prompts and who
+keeps its tokens, is packed.
 """
 
 import base64
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from kvjax.evaluation.comparison import MEASURES, Difference, difference, jobs_of, named, verdicts
 from kvjax.evaluation.leaderboard import leaderboard
 from kvjax.evaluation.page.folder import Job, Run
 from kvjax.evaluation.results import Row
@@ -24,9 +26,6 @@ COLUMNS = (
     "score",
     "low",
     "high",
-    "difference",
-    "p",
-    "differs",
     "perplexity",
     "nll",
     "kl",
@@ -43,40 +42,51 @@ LEVELS = 20  # Shares of heads are told apart by a twentieth.
 PACKED = 2_000_000  # Characters of packed prompts that a page holds at most.
 
 
-def page_data(run: Run) -> dict[str, Any]:
+def page_data(run: Run, against: str | None = None) -> dict[str, Any]:
     """All of a page.
 
+    Args:
+      run: What was read.
+      against: The policy that the page first compares with; default: the full cache.
+
     Returns:
-      title and about (what was run), config; policies, tasks, lengths and protocols, which everything else names by
-      their index; columns, keys and boards (the leaderboards, see `views`); needles, drift, kept and heads, empty or
-      None where a run has none.
+      title and about (what was run), config; models, policies, tasks, lengths and protocols, which everything else
+      names by their index; against; columns, keys and boards (the leaderboards, see `views`), and pairs (their
+      differences, packed, see `pairs_of`); needles, drift, kept and heads, empty where a run has none.
+
+    Raises:
+      ValueError: The policy to compare with was not run.
     """
     rows = run.rows
     policies = _policies(run)
     names = [policy["name"] for policy in policies]
+    models = list(dict.fromkeys(row.get("model") for row in rows))
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     lengths = sorted({length for row in rows if (length := row.get("length")) is not None})
     protocols = list(dict.fromkeys(row["protocol"] for row in rows))
     metrics = {row["task"]: row["metric"] for row in rows}
     groups = {row["task"]: row.get("group") for row in rows}
-    keys, boards = views(run, tasks, lengths, protocols, names)
-    kept, left_out = _kept(run.jobs, names)
+    keys, views_of = views(run, models, tasks, lengths, protocols)
+    kept, left_out = _kept(run.jobs, models, names)
     return {
         "title": (run.grid or {}).get("title") or run.name,
         "about": _about(run, tasks, lengths, protocols),
         "config": run.grid or rows[0]["config"],
+        "models": [pathlib.PurePath(model or "").name for model in models],
         "policies": policies,
+        "against": names.index(named(against, names)) if against else 0,
         "tasks": [{"name": name, "metric": metrics[name], "group": groups[name]} for name in tasks],
         "lengths": lengths,
         "protocols": protocols,
         "columns": COLUMNS,
         "keys": keys,
-        "boards": boards,
-        "needles": _needles(rows, names),
-        "drift": [curve for job in run.jobs if (curve := _drift(job, names))],
+        "boards": [_board(rows, names) for rows in views_of],
+        "pairs": pack([pairs_of(rows, names) for rows in views_of]),
+        "needles": _needles(rows, models, names),
+        "drift": [curve for job in run.jobs if (curve := _drift(job, models, names))],
         "kept": kept,
         "kept_left_out": left_out,
-        "heads": run.heads,
+        "heads": [{"model": models.index(model), **maps} for model, maps in run.heads.items()],
     }
 
 
@@ -124,53 +134,88 @@ def _about(run: Run, tasks: Sequence[str], lengths: Sequence[int], protocols: Se
 
 
 def views(
-    run: Run, tasks: Sequence[str], lengths: Sequence[int], protocols: Sequence[str], names: Sequence[str]
-) -> tuple[dict[str, int], list[list[list[Any]]]]:
-    """Leaderboards of all choices.
+    run: Run, models: Sequence[str | None], tasks: Sequence[str], lengths: Sequence[int], protocols: Sequence[str]
+) -> tuple[dict[str, int], list[list[Row]]]:
+    """Rows of all choices, of one model each.
 
     Returns:
-      keys: "task/length/protocol", each an index or `ANY`, to an index into boards; choices without rows are not there.
-      boards: Lists of [policy's index, *COLUMNS], the full cache first, then the best first.
+      keys: "model/task/length/protocol", each an index or, but for the model, `ANY`, to an index into views; choices
+      without rows are not there.
+      views: The rows of each.
     """
     keys: dict[str, int] = {}
-    boards: list[list[list[Any]]] = []
+    found: list[list[Row]] = []
     seen: dict[tuple[int, ...], int] = {}
-    of = [(job.rows[0]["task"], job.rows[0].get("length"), job.rows[0]["protocol"]) for job in run.jobs]
-    for choice in product(*([(ANY, None), *enumerate(values)] for values in (tasks, lengths, protocols))):
+    firsts = [job.rows[0] for job in run.jobs]
+    of = [(row.get("model"), row["task"], row.get("length"), row["protocol"]) for row in firsts]
+    choices = ([(ANY, None), *enumerate(values)] for values in (tasks, lengths, protocols))
+    for choice in product(enumerate(models), *choices):
         wanted = [(at, value) for at, (index, value) in enumerate(choice) if index != ANY]
         jobs = tuple(i for i, job in enumerate(of) if all(job[at] == value for at, value in wanted))
         if not jobs:
             continue
         if jobs not in seen:
-            seen[jobs] = len(boards)
-            boards.append(_board([row for i in jobs for row in run.jobs[i].rows], names))
+            seen[jobs] = len(found)
+            found.append([row for i in jobs for row in run.jobs[i].rows])
         keys["/".join(str(index) for index, _ in choice)] = seen[jobs]
-    return keys, boards
+    return keys, found
 
 
 def _board(rows: Sequence[Row], names: Sequence[str]) -> list[list[Any]]:
+    """Lists of [policy's index, *COLUMNS], the full cache first, then the best first."""
     return [[names.index(row["policy"]), *(_short(row[key]) for key in COLUMNS)] for row in leaderboard(rows)]
 
 
-def _short(value: Any) -> Any:
+def pairs_of(rows: Sequence[Row], names: Sequence[str]) -> Row:
+    """Differences of any two policies, for each of `MEASURES` that there is.
+
+    Returns:
+      policies: Indices of those that are there, in the order of the lists that follow.
+      of each measure: pairs, a list for each policy a of [a less b, low, high, p] for every b before it, or None where
+      there is nothing to compare; differs, for each policy a "1" for every b that differs from it among all (Holm).
+    """
+    jobs = jobs_of(rows)
+    there = sorted(jobs, key=names.index)
+    out: Row = {"policies": [names.index(name) for name in there]}
+    for key, measure in MEASURES.items():
+        found: dict[tuple[str, str], Difference] = {}
+        for i, a in enumerate(there):
+            for b in there[:i]:
+                if one := difference(jobs[a], jobs[b], measure):
+                    found[a, b] = one
+        if not found:
+            continue
+        shown = [
+            [[_short(x, 3) for x in (one.mean, one.low, one.high, one.p)] if one else None for one in row]
+            for row in ([found.get((a, b)) for b in there[:i]] for i, a in enumerate(there))
+        ]
+        both = found | {(b, a): one for (a, b), one in found.items()}
+        stars = [verdicts({b: both[a, b] for b in there if (a, b) in both}) for a in there]
+        marks = ["".join("1" if b in of and of[b].differs else "0" for b in there) for of in stars]
+        out[key] = {"pairs": shown, "differs": marks}
+    return out
+
+
+def _short(value: Any, places: int = 5) -> Any:
     """Numbers with the digits that are shown, and nothing that JSON has no word for."""
     if value is None or isinstance(value, bool | np.bool_):
         return None if value is None else bool(value)
     if not math.isfinite(value):
         return None
-    number = float(f"{value:.5g}")
+    number = float(f"{value:.{places}g}")
     return int(number) if number.is_integer() else number
 
 
 # Needles, drift
 
 
-def _needles(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
-    """For each task and protocol with depths: scores [policy][depth][length], None where there are no samples."""
+def _needles(rows: Sequence[Row], models: Sequence[str | None], names: Sequence[str]) -> list[Row]:
+    """For each model, task and protocol with depths: scores [policy][depth][length], None where nothing was asked."""
     deep = [row for row in rows if isinstance(row.get("depth"), int | float) and "score" in row]
     out = []
-    for task, protocol in dict.fromkeys((row["task"], row["protocol"]) for row in deep):
-        mine = [row for row in deep if (row["task"], row["protocol"]) == (task, protocol)]
+    for key in dict.fromkeys((row.get("model"), row["task"], row["protocol"]) for row in deep):
+        model, task, protocol = key
+        mine = [row for row in deep if (row.get("model"), row["task"], row["protocol"]) == key]
         lengths = sorted({row.get("length") or row["prompt_tokens"] for row in mine})
         depths = sorted({round(float(row["depth"]), 3) for row in mine})
         if len(depths) > DEPTHS:
@@ -186,8 +231,8 @@ def _needles(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
         ]
         most = max(map(len, cells.values()))
         out.append(
-            {"task": task, "protocol": protocol, "lengths": lengths, "depths": depths, "policies": policies}
-            | {"scores": scores, "samples": most}
+            {"model": models.index(model), "task": task, "protocol": protocol, "lengths": lengths, "depths": depths}
+            | {"policies": policies, "scores": scores, "samples": most}
         )
     return out
 
@@ -196,7 +241,7 @@ def _mean(values: Sequence[float] | None) -> float | None:
     return _short(float(np.mean(values))) if values else None
 
 
-def _drift(job: Job, names: Sequence[str]) -> Row | None:
+def _drift(job: Job, models: Sequence[str | None], names: Sequence[str]) -> Row | None:
     """KL to the full cache and agreement along a long text, means over samples."""
     rows = [row for row in job.rows if row.get("kl_curve")]
     if not rows:
@@ -209,6 +254,7 @@ def _drift(job: Job, names: Sequence[str]) -> Row | None:
 
     agreement = {"top1": curves("top1_curve")} if all(row.get("top1_curve") for row in rows) else {}
     return {
+        "model": models.index(rows[0].get("model")),
         "job": job.name,
         "task": rows[0]["task"],
         "length": rows[0].get("length"),
@@ -224,7 +270,7 @@ def _drift(job: Job, names: Sequence[str]) -> Row | None:
 # Who stays
 
 
-def _kept(jobs: Sequence[Job], names: Sequence[str]) -> tuple[list[Row], list[str]]:
+def _kept(jobs: Sequence[Job], models: Sequence[str | None], names: Sequence[str]) -> tuple[list[Row], list[str]]:
     """Packed, job by job, as long as there is room; and the names of jobs for which there was none."""
     kept, left_out, room = [], [], PACKED
     for job in jobs:
@@ -235,7 +281,8 @@ def _kept(jobs: Sequence[Job], names: Sequence[str]) -> tuple[list[Row], list[st
             left_out.append(job.name)
             continue
         room -= len(packed)
-        kept.append({"job": job.name, "sample": job.kept.get("sample"), "packed": packed})
+        model = models.index(job.rows[0].get("model"))
+        kept.append({"model": model, "job": job.name, "sample": job.kept.get("sample"), "packed": packed})
     return kept, left_out
 
 

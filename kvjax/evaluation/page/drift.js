@@ -1,14 +1,18 @@
 // Drift: a line per policy along the text, its name at its end.
 
+const driftsHere = () => DATA.drift.filter(ofModel);
+
 function startDrift() {
-  const chosen = () => DATA.drift.find((drift) => drift.job === state.drift) ?? DATA.drift[0];
-  const jobs = DATA.drift.map((drift) => [drift.job, drift.job]);
-  byId("drift-choices").replaceChildren(jobs.length > 1 ? choose("Job", "drift", jobs, refresh) : "");
+  const chosen = () => driftsHere().find((drift) => drift.job === state.drift) ?? driftsHere()[0];
   const kinds = [["kl", "KL to the full cache, nats per token"], ["top1", "top-1 agreement with the full cache, %"]];
   for (const [key, label] of kinds) {
     if (!DATA.drift.some((drift) => drift[key])) continue;
-    figure(byId("drift-figure"), `drift-${key}`, label, (width) => drawDrift(width, chosen(), key));
+    figure(byId("drift-figure"), `drift-${key}`, label, (width) => chosen()?.[key] && drawDrift(width, chosen(), key));
   }
+}
+
+function drawDriftChoices() {
+  chooseAnew(byId("drift-choices"), "Job", "drift", driftsHere().map(({ job }) => [job, job]));
 }
 
 function drawDrift(width, drift, key) {
@@ -59,7 +63,11 @@ function drawDrift(width, drift, key) {
     out.push(group);
   });
   const say = `Along the text, means: ${lines.map((line) => `${line.name} ${digits(line.values.reduce((sum, v) => sum + v, 0) / pieces)}`).join(", ")}`;
-  return svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": say }, out);
+  return withNumbers(svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": say }, out), {
+    head: ["tokens written", ...lines.map((line) => line.name)],
+    names: 1,
+    rows: () => lines[0].values.map((_, n) => [count(Math.round(((n + 0.5) / pieces) * tokens)), ...lines.map((line) => digits(line.values[n]))]),
+  });
 }
 
 function highlight(group, on) {

@@ -1,6 +1,42 @@
-// Figures: a frame with a caption and two buttons, and the picture as a file of its own.
+// Figures: a frame with a caption and two buttons, the picture as a file of its own, and its numbers as a table.
 
 const figures = [];
+const NUMBERS = new WeakMap();
+
+// What a picture shows, for those who read it: head (labels of columns), names (so many columns name the row), and
+// rows() -> texts, asked for only when they are looked at.
+function withNumbers(picture, numbers) {
+  NUMBERS.set(picture, numbers);
+  return picture;
+}
+
+function numberTable({ head, names, rows }, caption) {
+  const cell = (text, i) => (i < names ? el("th", { scope: "row" }, text) : el("td", {}, text));
+  return el(
+    "table",
+    {},
+    el("caption", { class: "sr" }, caption),
+    el("thead", {}, el("tr", {}, head.map((label) => el("th", { scope: "col" }, label)))),
+    el("tbody", {}, rows().map((row) => el("tr", {}, row.map(cell)))),
+  );
+}
+
+function numberFold(captionOf) {
+  const place = el("div", { class: "scroll", role: "region", tabindex: "0" });
+  const fold = el("details", { class: "fold", hidden: true }, el("summary", {}, "As a table"), place);
+  let numbers = null;
+  const fillIn = () => {
+    place.setAttribute("aria-label", `As a table: ${captionOf()}`);
+    place.replaceChildren(fold.open && numbers ? numberTable(numbers, captionOf()) : "");
+  };
+  fold.addEventListener("toggle", fillIn);
+  const show = (given) => {
+    numbers = given ?? null;
+    fold.hidden = !numbers;
+    fillIn();
+  };
+  return [fold, show];
+}
 
 function figure(host, name, caption, draw) {
   const canvas = el("div", { class: "canvas" });
@@ -11,7 +47,8 @@ function figure(host, name, caption, draw) {
     return node;
   };
   const buttons = el("div", { class: "buttons", role: "group" }, button("SVG", saveSvg), button("PNG", savePng));
-  const frame = el("figure", { id: `figure-${name}` }, el("div", { class: "bar" }, title, buttons), canvas);
+  const [fold, showNumbers] = numberFold(() => title.textContent);
+  const frame = el("figure", { id: `figure-${name}` }, el("div", { class: "bar" }, title, buttons), canvas, fold);
   host.append(frame);
   figures.push(() => {
     title.textContent = typeof caption === "function" ? caption() : caption;
@@ -20,6 +57,7 @@ function figure(host, name, caption, draw) {
     const drawn = draw(canvas.clientWidth || 640, canvas);
     frame.hidden = !drawn;
     if (drawn) canvas.replaceChildren(drawn);
+    showNumbers(drawn && NUMBERS.get(drawn));
   });
 }
 

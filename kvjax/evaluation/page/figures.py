@@ -4,6 +4,7 @@ import itertools
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -46,20 +47,21 @@ def write_figures(data: Mapping[str, Any], folder: pathlib.Path) -> list[pathlib
 
     Returns:
       The files: pareto-bytes, pareto-speed, tasks, needles-<task>-<protocol>, drift-<job>, budgets-<job>, tokens-<job>
-      and heads, each as .svg and .png.
+      and heads, each as .svg and .png; of several models those that are not of a job end in the model's name.
     """
     names: list[str] = [policy["name"] for policy in data["policies"]]
-    board = data["boards"][data["keys"][f"{ANY}/{ANY}/{ANY}"]]
-    drawn: dict[str, Callable[[], Figure | None]] = {
-        "pareto-bytes": lambda: _pareto(board, names, "nbytes", "cache, MB (less is better)", 1e-6, more=False),
-        "pareto-speed": lambda: _pareto(
-            board, names, "decode_tokens_per_s", "decoding, tokens per second (more is better)", 1.0, more=True
-        ),
-        "tasks": lambda: _tasks(data, names),
-        "heads": lambda: _heads(data["heads"]) if data["heads"] else None,
-    }
+    ends = [f"-{model}" if len(data["models"]) > 1 else "" for model in data["models"]]
+    drawn: dict[str, Callable[[], Figure | None]] = {}
+    for model, end in enumerate(ends):
+        board = data["boards"][data["keys"][f"{model}/{ANY}/{ANY}/{ANY}"]]
+        for name, (key, label, scale, more) in COSTS.items():
+            drawn[f"pareto-{name}{end}"] = partial(_pareto, board, names, key, label, scale, more)
+        drawn[f"tasks{end}"] = partial(_tasks, data, model, names)
+    for heads in data["heads"]:
+        drawn[f"heads{ends[heads['model']]}"] = partial(_heads, heads)
     for needle in data["needles"]:
-        drawn[f"needles-{needle['task']}-{needle['protocol']}"] = lambda needle=needle: _needles(needle, names)
+        stem = f"needles-{needle['task']}-{needle['protocol']}{ends[needle['model']]}"
+        drawn[stem] = lambda needle=needle: _needles(needle, names)
     for drift in data["drift"]:
         drawn[f"drift-{drift['job']}"] = lambda drift=drift: _drift(drift, data["policies"])
     for kept in data["kept"]:
@@ -72,6 +74,12 @@ def write_figures(data: Mapping[str, Any], folder: pathlib.Path) -> list[pathlib
             if figure is not None:
                 written += _save(figure, folder, name)
     return written
+
+
+COSTS = {
+    "bytes": ("nbytes", "cache, MB (less is better)", 1e-6, False),
+    "speed": ("decode_tokens_per_s", "decoding, tokens per second (more is better)", 1.0, True),
+}
 
 
 def _save(figure: Figure, folder: pathlib.Path, name: str) -> list[pathlib.Path]:
@@ -164,14 +172,17 @@ def _label(
             text.remove()
 
 
-def _tasks(data: Mapping[str, Any], names: list[str]) -> Figure | None:
+def _tasks(data: Mapping[str, Any], model: int, names: list[str]) -> Figure | None:
     if len(data["tasks"]) < 2:
         return None
     column = {name: i + 1 for i, name in enumerate(COLUMNS)}
     shares = np.full((len(names), len(data["tasks"])), np.nan)
     texts = [["" for _ in data["tasks"]] for _ in names]
     for t in range(len(data["tasks"])):
-        board = data["boards"][data["keys"][f"{t}/{ANY}/{ANY}"]]
+        key = f"{model}/{t}/{ANY}/{ANY}"
+        if key not in data["keys"]:
+            continue
+        board = data["boards"][data["keys"][key]]
         full = board[0][column["perplexity"]]
         for row in board:
             score, perplexity = row[column["score"]], row[column["perplexity"]]

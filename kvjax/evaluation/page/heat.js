@@ -2,7 +2,7 @@
 
 // panels: [{title, values: [row][column], most?}], of the same rows and columns.
 // look: rows and columns (labels), rowTitle, columnTitle, domain [low, high], format, tell(panel, r, c) -> lines,
-// cell [width, height], say (what the picture shows, for those who cannot see it).
+// cell [width, height], number (of the table's), panelTitle, say (what the picture shows, for those who cannot see it).
 function smallMultiples(width, panels, look) {
   if (!panels.length) return null;
   const [cellW, cellH] = look.cell;
@@ -24,7 +24,13 @@ function smallMultiples(width, panels, look) {
     if (i % across === 0) out.push(...sideLabels(x0, y0 + titleH));
     out.push(...footLabels(x0, y0 + titleH + panelH));
   });
-  return svg("svg", { width: Math.min(total, Math.max(width, left + space)), height, viewBox: `0 0 ${Math.min(total, Math.max(width, left + space))} ${height}`, role: "img", "aria-label": look.say }, out);
+  const wide = Math.min(total, Math.max(width, left + space));
+  const picture = svg("svg", { width: wide, height, viewBox: `0 0 ${wide} ${height}`, role: "img", "aria-label": look.say }, out);
+  return withNumbers(picture, {
+    head: [look.panelTitle ?? "policy", look.rowTitle, ...look.columns.map((label) => `${look.columnTitle} ${label}`)],
+    names: 2,
+    rows: () => panels.flatMap((panel) => panel.values.map((row, r) => [panel.title, look.rows[r], ...row.map((v) => (given(v) ? look.number(v) : MISSING))])),
+  });
 
   function grid(panel, x0, y0) {
     const cells = [];

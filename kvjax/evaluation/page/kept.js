@@ -3,26 +3,31 @@
 const LEVELS = 20;
 const BINS = 160;
 let job = null; // Unpacked, the one that is shown.
-
-async function unpack(packed) {
-  const raw = Uint8Array.from(atob(packed), (char) => char.charCodeAt(0));
-  const stream = new Blob([raw]).stream().pipeThrough(new DecompressionStream("deflate"));
-  return new Response(stream).json();
-}
+let opened = null; // The same, packed.
+const keptHere = () => DATA.kept.filter(ofModel);
 
 function startKept() {
-  const options = DATA.kept.map((kept) => [kept.job, kept.job]);
-  byId("kept-choices").replaceChildren(choose("Job", "job", options, openJob));
   if (DATA.kept_left_out.length) byId("kept-missing").textContent = `Left out, so that this page stays small: ${DATA.kept_left_out.join(", ")}.`;
   else byId("kept-missing").remove();
   figure(byId("kept-budgets"), "budgets", "Slots in use by layer and KV head", (width) => job && drawBudgets(width));
   figure(byId("kept-strip"), "tokens", "Tokens kept along the prompt", (width) => job && drawStrip(width));
-  return openJob();
+}
+
+const [textFold, showTextNumbers] = numberFold(() => byId("kept-text-title").textContent);
+byId("kept-text").after(textFold);
+
+function drawKeptChoices() {
+  chooseAnew(byId("kept-choices"), "Job", "job", keptHere().map((kept) => [kept.job, kept.job]), 1);
+  openJob();
 }
 
 async function openJob() {
-  const chosen = DATA.kept.find((kept) => kept.job === state.job) ?? DATA.kept[0];
-  job = await unpack(chosen.packed);
+  const chosen = keptHere().find((kept) => kept.job === state.job) ?? keptHere()[0];
+  if (chosen === opened) return;
+  opened = chosen;
+  const unpacked = chosen ? await unpack(chosen.packed) : null;
+  if (chosen !== opened) return; // Another was chosen meanwhile.
+  job = unpacked;
   refresh();
 }
 
@@ -39,6 +44,7 @@ function drawBudgets(width) {
     columns: Array.from({ length: heads }, (_, i) => String(i)),
     rowTitle: "layer",
     columnTitle: "KV head",
+    number: count,
     domain: [0, most],
     format: (v) => count(v),
     unit: "slots",
@@ -60,15 +66,18 @@ function drawStrip(width) {
   const [rowH, top] = [left ? 18 : 32, 26];
   const height = top + at.length * rowH + 22;
   const cellW = (width - left - 8) / bins;
+  const meanOf = (i, b) => {
+    let sum = 0;
+    for (let t = edge(b); t < edge(b + 1); t++) sum += parseInt(job.share[i][t], 36) / LEVELS;
+    return sum / (edge(b + 1) - edge(b));
+  };
   const out = [legend(left, 4, { domain: [0, 1], format: (v) => `${100 * v}`, unit: "% of heads keep it" })];
   at.forEach((i, r) => {
     const y = top + r * rowH + (left ? 0 : 15);
     out.push(svg("text", left ? { x: left - 8, y: y + 12, "text-anchor": "end" } : { x: 0, y: y - 3 }, names[r]));
     const strip = svg("g");
     for (let b = 0; b < bins; b++) {
-      let sum = 0;
-      for (let t = edge(b); t < edge(b + 1); t++) sum += parseInt(job.share[i][t], 36) / LEVELS;
-      const mean = sum / (edge(b + 1) - edge(b));
+      const mean = meanOf(i, b);
       const box = svg("rect", { x: left + b * cellW, y, width: cellW + 0.4, height: left ? rowH - 3 : 13, fill: ramp(mean) });
       strip.append(remark(box, names[r], `tokens ${count(edge(b))} to ${count(edge(b + 1) - 1)}`, `${percent(mean, 0)} % kept`));
     }
@@ -78,7 +87,12 @@ function drawStrip(width) {
     const x = left + (v / job.tokens.length) * bins * cellW;
     out.push(svg("text", { class: "dim", x, y: height - 6, "text-anchor": v === 0 ? "start" : x > width - 30 ? "end" : "middle" }, count(v)));
   }
-  return svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Share of heads that keep tokens along the prompt, for ${names.join(", ")}` }, out);
+  const say = `Share of heads that keep tokens along the prompt, for ${names.join(", ")}`;
+  return withNumbers(svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": say }, out), {
+    head: ["tokens", ...names],
+    names: 1,
+    rows: () => Array.from({ length: bins }, (_, b) => [`${count(edge(b))} to ${count(edge(b + 1) - 1)}`, ...at.map((i) => `${percent(meanOf(i, b), 0)} %`)]),
+  });
 }
 
 // The text itself. Spans are made once per job; another policy only changes their colour.
@@ -87,19 +101,15 @@ let spans = [];
 let spansOf = null;
 
 function drawText() {
-  if (!job) return;
-  const at = withShare();
+  const at = job ? withShare() : [];
   const title = byId("kept-text-title");
   const parts = [title, byId("kept-policy"), byId("kept-legend"), byId("kept-text")];
   for (const part of parts) part.hidden = !at.length;
-  if (!at.length) return;
+  if (!at.length) return showTextNumbers(null);
   const options = at.map((i) => [POLICIES[job.policies[i]].name, POLICIES[job.policies[i]].name]);
   // The first that does not keep everything has most to show.
   if (!options.some(([name]) => name === state.shown)) state.shown = options[Math.max(0, at.findIndex((i) => /[^k]/.test(job.share[i])))][0];
-  const host = byId("kept-policy");
-  const focused = host.contains(document.activeElement);
-  host.replaceChildren(choose("Policy", "shown", options, refresh));
-  if (focused) host.querySelector("select").focus();
+  chooseAnew(byId("kept-policy"), "Policy", "shown", options, 1);
   if (spansOf !== job) makeSpans();
   const i = at.find((j) => POLICIES[job.policies[j]].name === state.shown);
   const levels = Array.from(job.share[i], (char) => parseInt(char, 36));
@@ -111,6 +121,12 @@ function drawText() {
   });
   const kept = levels.reduce((sum, level) => sum + level, 0) / LEVELS / levels.length;
   byId("kept-legend").replaceChildren("0 ", el("span", { class: "scale" }), ` 100 % of heads keep a token. ${state.shown}: ${percent(kept)} % of ${count(levels.length)} tokens, mean over heads.`);
+  const { tokens } = job;
+  showTextNumbers({
+    head: ["token", "text", `heads that keep it, ${state.shown}`],
+    names: 2,
+    rows: () => levels.map((level, t) => [count(t), JSON.stringify(tokens[t]), `${Math.round((100 * level) / LEVELS)} %`]),
+  });
 }
 
 function makeSpans() {

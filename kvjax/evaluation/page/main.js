@@ -1,13 +1,15 @@
 // The start: what was run, which parts there are, and drawing whenever something is chosen.
 
+const nothing = () => {};
+// Of each part: id, title, whether there is something in it, how it begins, and what is drawn before its figures.
 const PARTS = [
-  ["board", "Leaderboard", () => true, () => {}],
-  ["pareto", "What a byte buys", () => true, startPareto],
-  ["tasks", "Task by task", () => TASKS.length > 1, startTasks],
-  ["needles", "Needles by depth", () => DATA.needles.length, startNeedles],
-  ["drift", "Drift", () => DATA.drift.length, startDrift],
-  ["kept", "Who stays", () => DATA.kept.length, startKept],
-  ["heads", "What heads look at", () => DATA.heads, startHeads],
+  ["board", "Leaderboard", () => true, nothing, drawBoard],
+  ["pareto", "What a byte buys", () => true, startPareto, drawParetoChoices],
+  ["tasks", "Task by task", () => TASKS.length > 1, startTasks, nothing],
+  ["needles", "Needles by depth", () => DATA.needles.length, startNeedles, drawNeedleChoices],
+  ["drift", "Drift", () => DATA.drift.length, startDrift, drawDriftChoices],
+  ["kept", "Who stays", () => DATA.kept.length, startKept, drawKeptChoices],
+  ["heads", "What heads look at", () => DATA.heads.length, startHeads, nothing],
 ];
 
 let waiting = 0;
@@ -16,10 +18,9 @@ let waiting = 0;
 function refresh() {
   cancelAnimationFrame(waiting);
   waiting = requestAnimationFrame(() => {
-    drawBoard();
-    drawParetoChoices();
+    for (const [, , there, , draw] of PARTS) if (there()) draw();
     for (const draw of figures) draw();
-    drawText();
+    if (DATA.kept.length) drawText();
     writeHash();
   });
 }
@@ -54,7 +55,8 @@ function goTo(id) {
   title.focus({ preventScroll: true });
 }
 
-function start() {
+async function start() {
+  PAIRS = await unpack(DATA.pairs);
   readHash();
   drawHead();
   drawFilters();

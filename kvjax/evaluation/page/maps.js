@@ -60,11 +60,16 @@ function startTasks() {
 
 const needleName = (needle) => `${needle.task}, ${needle.protocol}`;
 
+const needlesHere = () => DATA.needles.filter(ofModel);
+
 function startNeedles() {
-  const options = DATA.needles.map((needle) => [needleName(needle), needleName(needle)]);
-  byId("needles-choices").replaceChildren(options.length > 1 ? choose("Task and protocol", "needles", options, refresh) : "");
-  const chosen = () => DATA.needles.find((needle) => needleName(needle) === state.needles) ?? DATA.needles[0];
-  figure(byId("needles-figure"), "needles", () => `Needles found: ${needleName(chosen())}`, (width) => drawNeedles(width, chosen()));
+  const chosen = () => needlesHere().find((needle) => needleName(needle) === state.needles) ?? needlesHere()[0];
+  const caption = () => `Needles found: ${chosen() ? needleName(chosen()) : MISSING}`;
+  figure(byId("needles-figure"), "needles", caption, (width) => chosen() && drawNeedles(width, chosen()));
+}
+
+function drawNeedleChoices() {
+  chooseAnew(byId("needles-choices"), "Task and protocol", "needles", needlesHere().map((needle) => [needleName(needle), needleName(needle)]));
 }
 
 function drawNeedles(width, needle) {
@@ -76,6 +81,7 @@ function drawNeedles(width, needle) {
     columns: needle.lengths.map((length) => (length >= 10000 ? `${Math.round(length / 1000)}k` : String(length))),
     rowTitle: "depth",
     columnTitle: "tokens",
+    number: (v) => `${percent(v)} %`,
     domain: [0, 1],
     format: (v) => `${100 * v}`,
     unit: "% found",
@@ -90,9 +96,10 @@ function drawNeedles(width, needle) {
 const HEAD_MAPS = [["sink", "attention sink"], ["retrieval", "retrieval"], ["local", "local"]];
 
 function startHeads() {
-  const { heads } = DATA;
-  byId("heads-about").textContent = heads.how ?? "";
   figure(byId("heads-figure"), "heads", "Attention heads by layer", (width) => {
+    const heads = DATA.heads.find(ofModel);
+    byId("heads-about").textContent = heads?.how ?? "";
+    if (!heads) return null;
     const panels = HEAD_MAPS.filter(([key]) => heads[key]).map(([key, title]) => ({ title, values: heads[key], key }));
     const heightOfCell = Math.max(7, Math.min(24, 260 / heads.layers.length));
     const space = Math.min(300, Math.max(120, (width - 60) / 3 - 24));
@@ -102,6 +109,8 @@ function startHeads() {
       columns: Array.from({ length: columns }, (_, i) => String(i)),
       rowTitle: "layer",
       columnTitle: "query head",
+      panelTitle: "map",
+      number: (v) => v.toFixed(3),
       domain: [0, 1],
       format: (v) => String(v),
       cell: [Math.max(6, Math.min(40, space / columns)), heightOfCell],

@@ -28,11 +28,7 @@ function startPareto() {
 }
 
 function drawParetoChoices() {
-  const options = measures().map((key) => [key, MEASURES[key].label]);
-  const choices = byId("pareto-choices");
-  const focused = choices.contains(document.activeElement);
-  choices.replaceChildren(options.length > 1 ? choose("Quality", "y", options, refresh) : "");
-  if (focused) choices.querySelector("select")?.focus();
+  chooseAnew(byId("pareto-choices"), "Quality", "y", measures().map((key) => [key, MEASURES[key].label]));
 }
 const capital = (text) => text[0]?.toUpperCase() + text.slice(1);
 
