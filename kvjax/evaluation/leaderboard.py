@@ -29,7 +29,7 @@ def leaderboard(rows: Sequence[Row], level: float = LEVEL, against: str | None =
     Args:
       rows: Of all jobs. Policies that could not serve every job are compared on those they served.
       level: Of confidence, for intervals and for all differences together.
-      against: The policy that differences are from; default: the full cache.
+      against: The policy that differences are from; default: the full cache. A model that did not run it has none.
 
     Returns:
       Of each: model and policy; score (mean over jobs of what is scored), low and high (its interval); perplexity
@@ -41,6 +41,7 @@ def leaderboard(rows: Sequence[Row], level: float = LEVEL, against: str | None =
       ValueError: The policy to compare with was not run.
     """
     models = list(dict.fromkeys(row.get("model") for row in rows))
+    against = named(against, list(dict.fromkeys(row["policy"] for row in rows))) if against else None
     return [
         row for model in models for row in _board([row for row in rows if row.get("model") == model], level, against)
     ]
@@ -49,9 +50,8 @@ def leaderboard(rows: Sequence[Row], level: float = LEVEL, against: str | None =
 def _board(rows: Sequence[Row], level: float, against: str | None) -> list[Row]:
     jobs = jobs_of(rows)
     first, *others = jobs
-    full = jobs[first]
-    other = named(against, list(jobs)) if against else first
-    found = {measure.key: differences(jobs, other, measure, level) for measure in MEASURES.values()}
+    full, other = jobs[first], against or first
+    found = {key: differences(jobs, other, measure, level) for key, measure in MEASURES.items() if other in jobs}
     board = [_row(name, jobs[name], full, level) for name in (first, *others)]
     for row in board:
         row["differences"] = {key: vars(of[row["policy"]]) for key, of in found.items() if row["policy"] in of}

@@ -127,6 +127,8 @@ def test_models_have_boards_of_their_own(run, data, tmp_path):
     assert board[: len(alone)] == alone
     assert leaderboard_table(board).row_count == len(board) + 2 and leaderboard_table(alone).row_count == len(alone)
     assert difference_table(board).row_count == len(board) - 2
+    only = [row for row in two.rows if (row["model"], row["policy"]) != ("models/other", "kivi")]
+    assert difference_table(leaderboard(only, against="kivi")).row_count == len(alone) - 1
 
 
 def test_figures_of_two_models_do_not_overwrite_each_other(tmp_path):

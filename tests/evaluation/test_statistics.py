@@ -115,6 +115,16 @@ def test_no_interval_is_of_no_width():
     assert interval([[0.3]]) == pytest.approx((0, 1))  # One context says nothing.
 
 
+def test_tasks_of_one_context_may_vary_as_much_as_they_can():
+    values = [0.0, 1.0] * 6
+    assert interval([[value] for value in values]) == pytest.approx(interval([values]), abs=0.02)
+    # Eight tasks of one context among sixteen: their part of the error alone is at most 1 / 2 / 16 * sqrt(8).
+    low, high = interval([values] * 8 + [[0.5]] * 8)
+    assert high - low > 2 * 1.96 * 8**0.5 / 32 * 0.95
+    low, high = interval([[2 * value - 1] for value in values], difference_interval)
+    assert -low == high > 0.6
+
+
 def test_samples_of_one_context_count_as_one():
     contexts = np.random.default_rng(2).random(12)
     values, clusters = np.repeat(contexts, 8).tolist(), np.repeat(np.arange(12), 8).tolist()
