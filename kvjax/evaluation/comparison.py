@@ -91,13 +91,17 @@ def jobs_of(rows: Sequence[Row]) -> dict[str, dict[Key, list[Row]]]:
     return jobs
 
 
-def score_interval(jobs: Jobs, level: float = LEVEL) -> tuple[float, float] | None:
-    """Of the mean score over jobs that are scored; None if there are none."""
+def score_interval(
+    jobs: Jobs,
+    level: float = LEVEL,
+    interval: Callable[[Groups, Clusters, float], tuple[float, float] | None] = share_interval,
+) -> tuple[float, float] | None:
+    """Of the mean score over jobs that are scored; None if there are none, or if it is unknown."""
     scored = [of for of in jobs.values() if "score" in of[0]]
     if not scored:
         return None
     groups = [[row["score"] for row in of] for of in scored]
-    return share_interval(groups, [[*map(cluster_of, of)] for of in scored], level)
+    return interval(groups, [[*map(cluster_of, of)] for of in scored], level)
 
 
 def difference(mine: Jobs, other: Jobs, measure: Measure, level: float = LEVEL) -> Difference | None:

@@ -21,6 +21,7 @@ from kvjax.evaluation.comparison import (
 )
 from kvjax.evaluation.report import megabytes, range_text, star
 from kvjax.evaluation.results import Row
+from kvjax.evaluation.statistics import bootstrap_interval
 
 
 def leaderboard(rows: Sequence[Row], level: float = LEVEL, against: str | None = None) -> list[Row]:
@@ -32,7 +33,8 @@ def leaderboard(rows: Sequence[Row], level: float = LEVEL, against: str | None =
       against: The policy that differences are from; default: the full cache. A model that did not run it has none.
 
     Returns:
-      Of each: model and policy; score (mean over jobs of what is scored), low and high (its interval); perplexity
+      Of each: model and policy; score (mean over jobs of what is scored), low and high (its interval), and bootstrap
+      (that of the percentile bootstrap, for comparison with papers: too narrow where contexts are few); perplexity
       (geometric mean of jobs that measure it); nll, kl, top1, nbytes, smaller, bytes of full-attention layers,
       decode_tokens_per_s and decode_ratio (means over jobs); jobs; differences, a `Difference` as a mapping for each
       of `MEASURES` that can be compared. What was not measured is None.
@@ -82,6 +84,7 @@ def _row(name: str, jobs: Jobs, full: Jobs, level: float) -> Row:
         "score": mean("score", "score"),
         "low": low,
         "high": high,
+        "bootstrap": score_interval(jobs, level, bootstrap_interval),
         "perplexity": float(np.exp(np.mean(log_perplexity))) if log_perplexity else None,
         **{key: mean(key) for key in ("nll", "kl", "top1", "nbytes", "nbytes_full_layers")},
         "smaller": float(np.mean([_ratio(full[key], jobs[key], "nbytes") for key in jobs if key in full])),

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from kvjax.evaluation.statistics import difference_interval, differs, share_interval, sign_flip, t_interval
+from kvjax.evaluation.statistics import (
+    bootstrap_interval,
+    difference_interval,
+    differs,
+    share_interval,
+    sign_flip,
+    t_interval,
+)
 
 TIES = [-1.0, 1.0] + 18 * [0.0]  # Differences of which few are there.
 LEADERBOARD = (5, 5, 3, 3, 3, 3, 3, 2, 2, 2, 2)  # Contexts of each job.
@@ -75,6 +82,26 @@ def test_intervals_cover_the_truth_where_two_tasks_share_their_contexts():
         low, high = share_interval([shared, shared, other], names)
         hits += low <= 0.4 <= high
     assert 0.93 <= hits / 300
+
+
+def test_the_bootstrap_is_scipys_and_draws_contexts_as_a_whole():
+    values = np.random.default_rng(0).random(30).tolist()
+    low, high = interval([values], bootstrap_interval)
+    theirs = scipy.stats.bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", random_state=1)
+    assert (low, high) == pytest.approx(theirs.confidence_interval, abs=0.01)
+    twice = bootstrap_interval([[v for v in values for _ in range(2)]], [[i for i in range(30) for _ in range(2)]])
+    assert twice == pytest.approx((low, high), abs=0.01)
+    both = bootstrap_interval([values, values], [list(range(30))] * 2)  # The same contexts: no more is known.
+    assert both == pytest.approx((low, high), abs=0.01)
+    apart = interval([values, values], bootstrap_interval)
+    assert apart[1] - apart[0] == pytest.approx((high - low) / 2**0.5, rel=0.1)
+    assert interval([[1.0], values], bootstrap_interval) is None
+
+
+def test_the_bootstrap_is_too_sure_of_itself_with_few_contexts():
+    """Why it is not the interval that is shown."""
+    assert coverage(bootstrap_interval, LEADERBOARD, [0.05], ones, times=100) < 0.88
+    assert interval([[0.0] * 5] * 3, bootstrap_interval) == (0, 0)
 
 
 def test_intervals_of_differences_cover_the_truth():
