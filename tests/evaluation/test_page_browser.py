@@ -93,6 +93,20 @@ def settled(page):
     page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
+OUTSIDE = """() => [...document.querySelectorAll("svg[role=img] text")].filter((text) => {
+  const [inner, outer] = [text, text.closest("svg")].map((node) => node.getBoundingClientRect());
+  return inner.width && (inner.left < outer.left - 1 || inner.right > outer.right + 1);
+}).map((text) => text.textContent)"""
+
+
+@pytest.mark.parametrize("policy", ["", "full"])
+def test_no_word_of_a_figure_is_cut(visit, policy):
+    page = visit()
+    page.get_by_role("searchbox", name="Policy").fill(policy)
+    settled(page)
+    assert page.evaluate(OUTSIDE) == []
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 360])
 def test_nothing_stands_in_anyones_way(visit, scheme, width):

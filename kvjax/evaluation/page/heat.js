@@ -14,9 +14,10 @@ function smallMultiples(width, panels, look) {
   const titleH = 15 * Math.max(...titles.map((lines) => lines.length)) + 7;
   const top = 34;
   const rowH = titleH + panelH + 22 + 18;
-  const total = Math.max(left + across * space, left + 200);
+  const [scale, end] = legend(left, 4, look);
+  const total = Math.max(left + across * space, end);
   const height = top + Math.ceil(panels.length / across) * rowH + (look.columnTitle ? 10 : 0);
-  const out = [legend(left, 4, look)];
+  const out = [scale];
   panels.forEach((panel, i) => {
     const [x0, y0] = [left + (i % across) * space, top + Math.floor(i / across) * rowH];
     titles[i].forEach((line, n) => out.push(svg("text", { class: "strong", x: x0, y: y0 + 12 + 15 * n + (titleH - 7 - 15 * titles[i].length) }, line)));
@@ -65,13 +66,15 @@ function smallMultiples(width, panels, look) {
   }
 }
 
+// The scale of colours, and where it ends.
 function legend(x, y, { domain, format, unit, least, most }) {
   const [wide, steps] = [110, 22];
   const low = `${least ?? format(domain[0])}`;
   const high = `${most ?? format(domain[1])}${unit ? ` ${unit}` : ""}`;
   const start = x + textWidth(low) + 7;
   const bars = Array.from({ length: steps }, (_, i) => svg("rect", { x: start + (i * wide) / steps, y, width: wide / steps + 0.5, height: 11, fill: ramp(i / (steps - 1)) }));
-  return svg("g", {}, svg("text", { class: "dim", x, y: y + 10 }, low), bars, svg("text", { class: "dim", x: start + wide + 7, y: y + 10 }, high));
+  const picture = svg("g", {}, svg("text", { class: "dim", x, y: y + 10 }, low), bars, svg("text", { class: "dim", x: start + wide + 7, y: y + 10 }, high));
+  return [picture, start + wide + 7 + textWidth(high) + 4];
 }
 
 // Lines of at most so many pixels, broken where a policy's parts join or, where they must be, within.

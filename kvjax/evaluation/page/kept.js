@@ -71,7 +71,8 @@ function drawStrip(width) {
     for (let t = edge(b); t < edge(b + 1); t++) sum += parseInt(job.share[i][t], 36) / LEVELS;
     return sum / (edge(b + 1) - edge(b));
   };
-  const out = [legend(left, 4, { domain: [0, 1], format: (v) => `${100 * v}`, unit: "% of heads keep it" })];
+  const [scale] = legend(left, 4, { domain: [0, 1], format: (v) => `${100 * v}`, unit: "% of heads keep it" });
+  const out = [scale];
   at.forEach((i, r) => {
     const y = top + r * rowH + (left ? 0 : 15);
     out.push(svg("text", left ? { x: left - 8, y: y + 12, "text-anchor": "end" } : { x: 0, y: y - 3 }, names[r]));
