@@ -163,7 +163,8 @@ def evaluate(
 
     Results of each task go to a folder of its own; see `kvjax compare` for what they mean. A grid (models x policies x
     sizes x tasks x lengths x protocols) makes a leaderboard and a page, `report.html`. It goes on where it stopped, and
-    the same command in several terminals, or on several machines with one folder, shares the work.
+    the same command in several terminals, or on several machines with one folder (whose file system has locks), shares
+    the work.
 
     **Examples**
 

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import pathlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from kvjax.evaluation.kept import who_stays
 from kvjax.evaluation.results import Row, config_hash, versions, write_json, write_rows
 from kvjax.evaluation.speed import greedy
 from kvjax.evaluation.tasks import Task
-from kvjax.model import Model
+from kvjax.model import Model, bucket
 from kvjax.policies import Observed, Policy
 
 KEPT = "kept.json"
@@ -55,7 +56,8 @@ def run(
       progress: Called with rows done, rows in all and what has been done.
 
     Returns:
-      All rows, those of the earlier run first.
+      All rows, those of the earlier run first. `prefill_s`, seconds of the prefill that all policies share, is None
+      where it was compiled first; `compress_s` is the policy's own.
     """
     shared = {
         "task": task.name,
@@ -74,15 +76,19 @@ def run(
     done = {row["sample"] for row in rows}
     speeds: dict[tuple[int, ...], list[float]] = {}
     warm: set[tuple[int, ...]] = set()
+    read: set[int] = set()
     todo = [case for case in cases if case.sample.id not in done]
     # Questions about one context follow one another: they share its prefill, unless they are part of it.
     for prompt, group in itertools.groupby(todo, key=lambda case: case.prompt):
         progress(len(rows), total, "prefill")
-        observed = see(model, [prompt], settings.policies)
+        start = time.perf_counter()
+        observed = jax.block_until_ready(see(model, [prompt], settings.policies))
+        prefill_s = time.perf_counter() - start if bucket(len(prompt)) in read else None  # The first one compiles.
+        read.add(bucket(len(prompt)))
         for case in group:
             if case.shape not in warm and len(settings.policies) <= TOGETHER:
-                for done in _compile(model, observed, task, case, settings):
-                    progress(len(rows), total, f"compiling {done} of {len(settings.policies)} policies")
+                for number in _compile(model, observed, task, case, settings):
+                    progress(len(rows), total, f"compiling {number} of {len(settings.policies)} policies")
                 warm.add(case.shape)
             if not rows:
                 write_json(folder / KEPT, who_stays(model, observed, case, settings.policies))
@@ -94,9 +100,12 @@ def run(
                 progress(len(rows) + len(mine), total, "decoding speed")
                 speeds[case.shape] = _decode_speeds(model, observed, case, settings)
             origin = shared | _origin(case)
-            time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            timings = {
+                "prefill_s": prefill_s,
+                "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            }
             for row, speed in zip(mine, speeds.get(case.shape, [None] * len(mine)), strict=True):
-                rows.append(origin | row | {"decode_tokens_per_s": speed, "time": time})
+                rows.append(origin | row | {"decode_tokens_per_s": speed} | timings)
             write_rows(folder, rows)
     return rows
 

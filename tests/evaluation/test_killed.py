@@ -87,6 +87,6 @@ def test_a_run_that_is_killed_loses_at_most_the_sample_at_hand(task_file, tmp_pa
     assert len(whole) == 2 * SAMPLES == len(resumed)
     for row, other in zip(whole, resumed, strict=True):
         assert row.keys() == other.keys()
-        for key in row.keys() - {"time", "compress_s"}:
+        for key in row.keys() - {"time", "prefill_s", "compress_s"}:
             number = isinstance(row[key], float)
             assert other[key] == (pytest.approx(row[key], rel=1e-5, abs=1e-6) if number else row[key]), key

@@ -142,6 +142,8 @@ def test_rows_say_where_they_come_from(ran):
         assert row["config"]["policies"] and row["config"]["task"]["sha256"] and len(row["config_hash"]) == 12
         assert set(row["versions"]) == {"kvjax", "jax", "jaxlib", "python"} and row["device"] and row["time"]
         assert row["decode_tokens_per_s"] > 0
+    seconds = {row["sample"]: row["prefill_s"] for row in ran[1]}
+    assert list(seconds.values())[0] is None and all(each > 0 for each in list(seconds.values())[1:])  # Compiled first.
 
 
 def test_an_interrupted_run_goes_on(model, task, tmp_path, monkeypatch):
