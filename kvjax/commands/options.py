@@ -89,8 +89,13 @@ def load(name: str, dtype: Dtype | None, folders: list[pathlib.Path], mesh: str 
         cache_compilations()
         if mesh:
             jax.set_mesh(kvjax.sharding.make_mesh(mesh))
-        with notes.status(f"Loading {name} ..."):
+        with contextlib.nullcontext() if _of_the_hub(name) else notes.status(f"Loading {name} ..."):
             return kvjax.load(name, dtype=dtype.value if dtype else None)
+
+
+def _of_the_hub(name: str) -> bool:
+    """Whether it is downloaded, which has progress bars of its own."""
+    return "/" in name and not pathlib.Path(name).exists()
 
 
 def cache_compilations() -> None:
