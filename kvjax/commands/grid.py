@@ -47,7 +47,12 @@ def run_file(
 
     @functools.lru_cache(maxsize=1)  # One at a time.
     def model(name: str) -> "Model":
-        return load(name, Dtype(grid.dtype) if grid.dtype else None, [] if dry_run else [folder], mesh)
+        return load(
+            grids.beside(name, path.parent),
+            Dtype(grid.dtype) if grid.dtype else None,
+            [] if dry_run else [folder],
+            mesh,
+        )
 
     with user_errors():
         jobs = grids.prepare(model, grid, folder)

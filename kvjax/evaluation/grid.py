@@ -163,14 +163,14 @@ def read_grid(path: pathlib.Path) -> Grid:
     return make_grid(given, path.stem, str(path), path.parent)
 
 
-def make_grid(given: Any, name: str, where: str = "The grid", beside: pathlib.Path = pathlib.Path()) -> Grid:
+def make_grid(given: Any, name: str, where: str = "The grid", folder: pathlib.Path = pathlib.Path()) -> Grid:
     """A grid from what its file says.
 
     Args:
       given: A mapping, see above.
       name: If it has none of its own.
       where: For messages.
-      beside: The folder that paths of tasks' files and folders start from.
+      folder: Where paths of tasks' files and folders start.
 
     Raises:
       ValueError: As `read_grid`.
@@ -203,7 +203,7 @@ def make_grid(given: Any, name: str, where: str = "The grid", beside: pathlib.Pa
         models=_models(given["model"], where),
         dtype=given.get("dtype"),
         policies=parse_policies("; ".join(map(str, given["policies"])), [size / 100 for size in sizes]),
-        tasks=tuple(task for entry in given["tasks"] for task in _tasks(entry, where, beside)),
+        tasks=tuple(task for entry in given["tasks"] for task in _tasks(entry, where, folder)),
         protocols=protocols,
         tokens=given.get("continuation", 16),
         speed=given.get("speed", True),
@@ -223,7 +223,7 @@ def short_name(model: str) -> str:
     return pathlib.PurePath(model).name.removesuffix(".gguf")
 
 
-def _tasks(entry: Any, where: str, beside: pathlib.Path) -> list[Task]:
+def _tasks(entry: Any, where: str, folder: pathlib.Path) -> list[Task]:
     """The tasks of one entry: a name, or a mapping with `task` (a name or several, of tasks or of groups), parameters
     and one or more lengths (`context`)."""
     entry = {"task": entry} if isinstance(entry, str) else entry
@@ -233,21 +233,23 @@ def _tasks(entry: Any, where: str, beside: pathlib.Path) -> list[Task]:
         raise GridError(f"{where}: a task is a name, or a mapping such as {{task: needle, context: [1000, 2000]}}.")
     parameters = {key: value for key, value in entry.items() if key not in ("task", "context")}
     for key in FILES & set(parameters):
-        parameters[key] = str(beside / str(parameters[key]))
+        place = folder / str(parameters[key])
+        parameters[key] = str(place) if place.exists() else parameters[key]
     lengths = entry.get("context")
     lengths = lengths if isinstance(lengths, list) else [lengths]
     found = []
     for name, length in itertools.product(names, lengths):
         try:
-            found += make_tasks(_beside(str(name), beside), **_given(context=length), **parameters)
+            found += make_tasks(beside(str(name), folder), **_given(context=length), **parameters)
         except ValueError as error:
             raise GridError(f"{where}: task {name}: {error}") from None
     return found
 
 
-def _beside(name: str, folder: pathlib.Path) -> str:
-    """A task's name; of a file of JSON lines its path."""
-    return str(folder / name) if pathlib.PurePath(name).suffix and (folder / name).is_file() else name
+def beside(name: str, folder: pathlib.Path) -> str:
+    """The path of what lies in a grid's folder, such as a checkpoint or a file of JSON lines; or the name as it is."""
+    is_path = "/" in name or bool(pathlib.PurePath(name).suffix)
+    return str(folder / name) if is_path and (folder / name).exists() else name
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -278,13 +278,21 @@ def test_every_model_is_asked_the_same(model, tmp_path):
     assert all((tmp_path / name / "heads.json").exists() for name in ("tiny", "other"))
 
 
-def test_files_of_tasks_lie_beside_the_grid(tmp_path):
+def test_files_lie_beside_the_grid_or_where_they_are_said_to_be(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     shutil.copy(ROOT / "tests" / "data" / "tasks" / "longbench" / "qasper.jsonl", tmp_path / "data")
     (tmp_path / "mine.jsonl").write_text('{"context_ids": [3, 4], "question_ids": [5], "answer_ids": [6]}')
     tasks = [{"task": "longbench_qasper", "path": "data"}, "mine.jsonl"]
     (tmp_path / "grid.yaml").write_text(json.dumps(GRID | {"tasks": tasks}))
     assert [task.name for task in read_grid(tmp_path / "grid.yaml").tasks] == ["longbench_qasper", "mine.jsonl"]
+    (tmp_path / "other").mkdir()
+    shutil.move(tmp_path / "grid.yaml", tmp_path / "other")
+    with pytest.raises(ValueError, match=r"There is no qasper.jsonl at data"):
+        read_grid(tmp_path / "other" / "grid.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert len(read_grid(pathlib.Path("other/grid.yaml")).tasks) == 2
+    assert grids.beside("./data", tmp_path) == str(tmp_path / "data")
+    assert grids.beside("data", tmp_path) == "data" and grids.beside("some/model", tmp_path) == "some/model"
 
 
 def test_two_jobs_do_not_share_a_folder(model, tmp_path):
