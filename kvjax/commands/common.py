@@ -9,7 +9,6 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 console, notes = Console(), Console(stderr=True)
 
@@ -27,9 +26,9 @@ def user_errors() -> Iterator[None]:
 
 def plain_table(heading: str, name: str, *numbers: str) -> Table:
     """A table without lines: a column of names, which are never folded, and columns of numbers."""
-    title = Text(heading, "bold", no_wrap=True, overflow="ignore")  # As long as it is, over a narrow table too.
-    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
-    table.add_column(name, no_wrap=True)
+    from kvjax.evaluation import report
+
+    table = report.plain_table(heading, name)
     for column in numbers:
         table.add_column(column, justify="right", no_wrap=True)
     return table

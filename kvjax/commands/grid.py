@@ -130,6 +130,7 @@ def _print_jobs(
 def _print_leaderboard(grid: "Grid", jobs: "list[Job]", folder: pathlib.Path, as_json: bool) -> None:
     from kvjax.evaluation.leaderboard import leaderboard, leaderboard_table
     from kvjax.evaluation.page import make_page, page_data, read_run
+    from kvjax.evaluation.report import TEST
     from kvjax.evaluation.results import read_rows
 
     rows = [row for job in jobs for row in read_rows(job.folder, job.config)]
@@ -144,5 +145,4 @@ def _print_leaderboard(grid: "Grid", jobs: "list[Job]", folder: pathlib.Path, as
         )
         return
     print_wide(leaderboard_table(board, grid.title))
-    marks = "* differs from the full cache (paired sign-flip test, Holm over all policies, 95 %)"
-    console.print(f"\n{marks}\n{page}\n", style="dim", highlight=False, soft_wrap=True)
+    console.print(f"\n* differs from the full cache {TEST}\n{page}\n", style="dim", highlight=False, soft_wrap=True)

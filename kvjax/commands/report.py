@@ -8,7 +8,6 @@ import typer
 from kvjax.commands.common import console, notes, print_wide, user_errors, write_whole
 
 PAGE = "report.html"
-STARS = "* a difference (paired sign-flip test, Holm over all policies, 95 %)"
 
 
 def report(
@@ -41,6 +40,7 @@ def report(
     with user_errors():
         from kvjax.evaluation.leaderboard import difference_table, leaderboard
         from kvjax.evaluation.page import make_page, page_data, read_run
+        from kvjax.evaluation.report import TEST
 
         page = out or run_dir / PAGE
         run = read_run(run_dir)
@@ -55,7 +55,7 @@ def report(
         write_whole(page, make_page(data))
     if against:
         print_wide(difference_table(board, f"Differences from {against} on the same samples"))
-        console.print(f"\n{STARS}\n", style="dim", highlight=False, soft_wrap=True)
+        console.print(f"\n* a difference {TEST}\n", style="dim", highlight=False, soft_wrap=True)
     console.print(str(page), highlight=False, soft_wrap=True)
     if figures is not None:
         from kvjax.evaluation.page.figures import write_figures

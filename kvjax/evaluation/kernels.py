@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from rich.table import Table
 
+from kvjax.evaluation.report import plain_table
 from kvjax.evaluation.results import Row
 from kvjax.kernels import choose
 from kvjax.kernels.decode import Request, Tail, explain, make_request, serve
@@ -473,7 +474,7 @@ def kernel_cases(
 
 def kernel_table(rows: Sequence[Row], heading: str = "") -> Table:
     """Of `bench_kernels`, for the terminal."""
-    out = Table(title=heading, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    out = plain_table(heading)
     out.add_column("store", no_wrap=True)
     for name in ("context", "batch", "µs", "GB/s", "of copy", "vs dense", "vs bf16"):
         out.add_column(name, justify="right", no_wrap=True)

@@ -19,7 +19,7 @@ from kvjax.evaluation.comparison import (
     named,
     score_interval,
 )
-from kvjax.evaluation.report import megabytes, range_text, star
+from kvjax.evaluation.report import megabytes, plain_table, range_text, star
 from kvjax.evaluation.results import Row
 from kvjax.evaluation.statistics import bootstrap_interval
 
@@ -33,11 +33,9 @@ def leaderboard(rows: Sequence[Row], level: float = LEVEL, against: str | None =
       against: The policy that differences are from; default: the full cache. A model that did not run it has none.
 
     Returns:
-      Of each: model and policy; score (mean over jobs of what is scored), low and high (its interval), and bootstrap
-      (that of the percentile bootstrap, for comparison with papers: too narrow where contexts are few); perplexity
-      (geometric mean of jobs that measure it); nll, kl, top1, nbytes, smaller, bytes of full-attention layers,
-      decode_tokens_per_s and decode_ratio (means over jobs); jobs; differences, a `Difference` as a mapping for each
-      of `MEASURES` that can be compared. What was not measured is None.
+      Of each what `standings` says; bootstrap, the percentile bootstrap's interval of the score, for comparison with
+      papers (too narrow where contexts are few); and differences, a `Difference` as a mapping for each of `MEASURES`
+      that can be compared.
 
     Raises:
       ValueError: The policy to compare with was not run.
@@ -45,18 +43,36 @@ def leaderboard(rows: Sequence[Row], level: float = LEVEL, against: str | None =
     models = list(dict.fromkeys(row.get("model") for row in rows))
     against = named(against, list(dict.fromkeys(row["policy"] for row in rows))) if against else None
     return [
-        row for model in models for row in _board([row for row in rows if row.get("model") == model], level, against)
+        row for model in models for row in _compared([row for row in rows if row.get("model") == model], level, against)
     ]
 
 
-def _board(rows: Sequence[Row], level: float, against: str | None) -> list[Row]:
+def _compared(rows: Sequence[Row], level: float, against: str | None) -> list[Row]:
     jobs = jobs_of(rows)
-    first, *others = jobs
-    full, other = jobs[first], against or first
+    other = against or next(iter(jobs))
     found = {key: differences(jobs, other, measure, level) for key, measure in MEASURES.items() if other in jobs}
-    board = [_row(name, jobs[name], full, level) for name in (first, *others)]
+    board = standings(rows, level)
     for row in board:
+        row["bootstrap"] = score_interval(jobs[row["policy"]], level, bootstrap_interval)
         row["differences"] = {key: vars(of[row["policy"]]) for key, of in found.items() if row["policy"] in of}
+    return board
+
+
+def standings(rows: Sequence[Row], level: float = LEVEL) -> list[Row]:
+    """One row per policy, the full cache first and then the best first; policies are not compared.
+
+    Args:
+      rows: Of one model.
+      level: Of confidence.
+
+    Returns:
+      Of each: model and policy; score (mean over jobs of what is scored), low and high (its interval); perplexity
+      (geometric mean of jobs that measure it); nll, kl, top1, nbytes, smaller, bytes of full-attention layers,
+      decode_tokens_per_s and decode_ratio (means over jobs); jobs. What was not measured is None.
+    """
+    jobs = jobs_of(rows)
+    full = next(iter(jobs.values()))
+    board = [_row(name, of, full, level) for name, of in jobs.items()]
     return board[:1] + sorted(board[1:], key=lambda row: (-(row["score"] or 0), row["perplexity"] or 0, row["nll"]))
 
 
@@ -84,7 +100,6 @@ def _row(name: str, jobs: Jobs, full: Jobs, level: float) -> Row:
         "score": mean("score", "score"),
         "low": low,
         "high": high,
-        "bootstrap": score_interval(jobs, level, bootstrap_interval),
         "perplexity": float(np.exp(np.mean(log_perplexity))) if log_perplexity else None,
         **{key: mean(key) for key in ("nll", "kl", "top1", "nbytes", "nbytes_full_layers")},
         "smaller": float(np.mean([_ratio(full[key], jobs[key], "nbytes") for key in jobs if key in full])),
@@ -108,7 +123,7 @@ def _speed_ratio(mine: Sequence[Row], full: Sequence[Row]) -> float | None:
 
 def leaderboard_table(rows: Sequence[Row], heading: str = "") -> Table:
     """For the terminal, of `leaderboard`'s rows; a star marks what differs from the full cache's, or another's."""
-    out = _table(heading)
+    out = plain_table(heading, "policy")
     perplexity = any(row["perplexity"] for row in rows)
     scored = any(row["score"] is not None for row in rows)
     quality = [*(("score", "95 %") if scored else ()), *(("perplexity",) if perplexity else ())]
@@ -140,7 +155,7 @@ def leaderboard_table(rows: Sequence[Row], heading: str = "") -> Table:
 
 def difference_table(rows: Sequence[Row], heading: str = "") -> Table:
     """For the terminal: the differences of `leaderboard`'s rows, with their intervals and p-values."""
-    out = _table(heading)
+    out = plain_table(heading, "policy")
     several = len({row["model"] for row in rows}) > 1
     if several:
         out.add_column("model", no_wrap=True)
@@ -165,9 +180,3 @@ def difference_table(rows: Sequence[Row], heading: str = "") -> Table:
 
 # Heading, scale and decimals of a difference.
 DIFFERENCES = {"score": ("score", 100, 1), "nll": ("NLL", 1, 3), "perplexity": ("log perplexity", 1, 3)}
-
-
-def _table(heading: str) -> Table:
-    out = Table(title=heading, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
-    out.add_column("policy", no_wrap=True)
-    return out

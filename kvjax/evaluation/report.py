@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from kvjax.evaluation.comparison import MEASURES, differences, jobs_of, score_interval
 from kvjax.evaluation.results import Row
@@ -88,6 +89,9 @@ def answered(summary: Row) -> str:
     return f"{right:.0f}/{summary['samples']}" if whole else f"{100 * summary['score']:.1f} %"
 
 
+TEST = "(paired sign-flip test, Holm over all policies, 95 %)"  # What a star stands for.
+
+
 def range_text(row: Row, scale: float, places: int) -> str:
     """An interval, such as "12 to 34"."""
     if row["low"] is None:
@@ -100,6 +104,15 @@ def star(row: Row, measure: str) -> str:
     return "*" if row["differences"].get(measure, {}).get("differs") else " "
 
 
+def plain_table(heading: str, *names: str) -> Table:
+    """Without lines; the first columns are names, which are never folded."""
+    title = Text(heading, "bold", no_wrap=True, overflow="ignore")  # As long as it is, over a narrow table too.
+    out = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for name in names:
+        out.add_column(name, no_wrap=True)
+    return out
+
+
 def table(summaries: Sequence[Row], heading: str = "") -> Table:
     """For the terminal; a star marks what differs from the first policy's.
 
@@ -107,8 +120,7 @@ def table(summaries: Sequence[Row], heading: str = "") -> Table:
     """
     scored = "score" in summaries[0]
     mixed = any(row["nbytes_full_layers"] != row["nbytes"] for row in summaries)
-    out = Table(title=heading, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
-    out.add_column("policy", no_wrap=True)
+    out = plain_table(heading, "policy")
     quality_names = ("answered", "95 %") if scored else ("perplexity",)
     for name in (*quality_names, "NLL", "KL", "top-1", "cache", "smaller"):
         out.add_column(name, justify="right", no_wrap=True)
@@ -137,13 +149,13 @@ def table(summaries: Sequence[Row], heading: str = "") -> Table:
         out.add_row(*cells)
     if any("*" in star(row, key) for row in summaries for key in row["differences"]):
         out.caption_justify = "left"
-        out.caption = f"* differs from {summaries[0]['policy']} (paired sign-flip test, Holm over all policies, 95 %)"
+        out.caption = f"* differs from {summaries[0]['policy']} {TEST}"
     return out
 
 
 def bench_table(rows: Sequence[Row], heading: str = "") -> Table:
     """Of `speed.bench`; ratios are to the first policy at the same context."""
-    out = Table(title=heading, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    out = plain_table(heading)
     out.add_column("context", justify="right")
     out.add_column("policy", no_wrap=True)
     for name in ("prefill", "decoding", "cache"):

@@ -136,6 +136,8 @@ def test_the_leaderboard(ran):
              dict.fromkeys((r["task"], r["protocol"]) for r in mine)]  # fmt: skip
     assert by_name["kivi"]["score"] == pytest.approx(np.mean(means))
     assert by_name["kivi"]["low"] <= by_name["kivi"]["score"] <= by_name["kivi"]["high"]
+    low, high = by_name["kivi"]["bootstrap"]  # Of two contexts a task, all of which may be drawn twice.
+    assert by_name["kivi"]["low"] <= low <= by_name["kivi"]["score"] <= high <= by_name["kivi"]["high"]
     assert by_name["kivi"]["perplexity"] == pytest.approx(
         np.exp(np.mean([np.log(r["perplexity"]) for r in rows if r["policy"] == "kivi" and "perplexity" in r]))
     )

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from kvjax.evaluation.comparison import MEASURES, Difference, difference, jobs_of, named, verdicts
-from kvjax.evaluation.leaderboard import leaderboard
+from kvjax.evaluation.leaderboard import standings
 from kvjax.evaluation.page.folder import Job, Run
 from kvjax.evaluation.results import Row
 
@@ -163,7 +163,7 @@ def views(
 
 def _board(rows: Sequence[Row], names: Sequence[str]) -> list[list[Any]]:
     """Lists of [policy's index, *COLUMNS], the full cache first, then the best first."""
-    return [[names.index(row["policy"]), *(_short(row[key]) for key in COLUMNS)] for row in leaderboard(rows)]
+    return [[names.index(row["policy"]), *(_short(row[key]) for key in COLUMNS)] for row in standings(rows)]
 
 
 def pairs_of(rows: Sequence[Row], names: Sequence[str]) -> Row:

@@ -72,19 +72,19 @@ class Questions:
         for name in ("context", "tokens"):
             check_number(name, getattr(self, name), 1)
         check_number("samples", self.count, 1)
-        read(self.data, _find(self.data, self.path))
+        read(self.data, locate(self.path, FILES[self.data]))
 
     @property
     def length(self) -> int | None:
         return self.context
 
     def resolved(self) -> dict[str, Any]:
-        path = _find(self.data, self.path)
+        path = locate(self.path, FILES[self.data])
         return dataclasses.asdict(self) | {"path": path.name, "sha256": digest(path.read_bytes())}
 
     def samples(self, model: Model) -> list[Sample]:
         tokenizer = tokenizer_of(model, self.name)
-        items, documents = read(self.data, _find(self.data, self.path))
+        items, documents = read(self.data, locate(self.path, FILES[self.data]))
         return [
             fitted(
                 tokenizer,
@@ -117,10 +117,6 @@ class Questions:
             references=item.answers,
             info={"documents": [shown.index(j) + 1 for j in item.needed]},
         )
-
-
-def _find(data: str, path: str) -> pathlib.Path:
-    return locate(path, FILES[data])
 
 
 @functools.cache
